@@ -1,0 +1,34 @@
+"""Matryoshka Multimodal Models (M3) for transformers.
+
+Importing this package registers M3 with the Auto classes, so that M3 checkpoints load without `trust_remote_code`.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+# From its own module: in older releases `transformers.AutoImageProcessor` cannot be used without torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from .configuration_m3 import M3LlavaConfig
+from .image_processing_m3 import M3LlavaImageProcessor, M3LlavaImageProcessorPil
+from .modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaModel, M3LlavaPreTrainedModel
+from .processing_m3 import M3LlavaProcessor
+
+
+AutoConfig.register(M3LlavaConfig.model_type, M3LlavaConfig)
+AutoModel.register(M3LlavaConfig, M3LlavaModel)
+AutoModelForImageTextToText.register(M3LlavaConfig, M3LlavaForConditionalGeneration)
+AutoProcessor.register(M3LlavaConfig, M3LlavaProcessor)
+AutoImageProcessor.register(
+    M3LlavaConfig,
+    image_processor_classes={"torchvision": M3LlavaImageProcessor, "pil": M3LlavaImageProcessorPil},
+)
+
+__all__ = [
+    "M3LlavaConfig",
+    "M3LlavaForConditionalGeneration",
+    "M3LlavaImageProcessor",
+    "M3LlavaImageProcessorPil",
+    "M3LlavaModel",
+    "M3LlavaPreTrainedModel",
+    "M3LlavaProcessor",
+]

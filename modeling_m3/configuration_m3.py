@@ -1,0 +1,162 @@
+# Copyright 2026 The M3 for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of M3: a LLaVA model (vision tower, projector, language model) whose visual tokens come in nested scales."""
+
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig, strict
+
+from . import visual_tokens
+
+
+# trf-ignore: TRF057 - auto_docstring knows only models in transformers' own tree: here it writes "configuration of a None"
+@strict
+class M3LlavaConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`M3LlavaForConditionalGeneration`]. Built with no arguments it is LLaVA-1.5-7B-M3.
+
+    Args:
+        vision_config (`dict` or `CLIPVisionConfig`, *optional*):
+            The vision tower; CLIP-ViT-L/14-336 by default.
+        text_config (`dict` or `LlamaConfig` or `MistralConfig`, *optional*):
+            The language model; Llama-7B with room for the `<image>` token by default.
+        image_token_id (`int`, *optional*, defaults to 32000):
+            Id of the placeholder that stands for one visual token. `image_token_index` is an alias.
+        vision_feature_layer (`int`, *optional*, defaults to -2):
+            Index into the vision tower's hidden states (0: its embeddings). Later layers are not computed.
+        vision_feature_select_strategy (`"default"` or `"full"`, *optional*, defaults to `"default"`):
+            `"full"` keeps the class token, the original's `cls_patch`; pooling is then impossible.
+        projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation between the projector's linear layers.
+        multimodal_projector_bias (`bool`, *optional*, defaults to `True`):
+            Whether the projector's linear layers have a bias.
+        multimodal_projector_depth (`int`, *optional*, defaults to 2):
+            Number of linear layers in the projector: 2 is the original's `mlp2x_gelu`, 1 `linear`, 0 `identity`.
+        visual_token_scales (`list[int]`, *optional*):
+            The numbers of visual tokens a tile can be reduced to. For CLIP-ViT-L/14-336 `[1, 9, 36, 144, 576]`
+            (paper section 4.1); may be widened with any `(side / k) ** 2` that the grid of patches has.
+        visual_token_sampling (`"average"`, `"spatial"` or `"sequential"`, *optional*, defaults to `"average"`):
+            How a tile is reduced: the method, or one of the training-free baselines of paper Table 4.
+        patch_merge_type (`"flat"`, `"spatial"` or `"spatial_unpad"`, *optional*, defaults to `"flat"`):
+            How the tiles of one image are laid out as a sequence (LLaVA-NeXT).
+        image_grid_pinpoints (`list`, *optional*):
+            (height, width) pairs in pixels that an image may be resized to before it is cut into tiles (LLaVA-NeXT).
+            `None`: every image is one square view (LLaVA-1.5).
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether the language model's head shares the weights of its input embedding.
+    """
+
+    model_type = "m3_llava"
+    attribute_map = {"image_token_index": "image_token_id"}
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    _auto_class = "AutoConfig"  # saving copies the code along
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 32000
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: str = "default"
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+    multimodal_projector_depth: int = 2
+    visual_token_scales: list[int] | None = None
+    visual_token_sampling: str = "average"
+    patch_merge_type: str = "flat"
+    image_grid_pinpoints: list | tuple | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = _sub_config(
+            self.vision_config,
+            "clip_vision_model",
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        )
+        # 32064: the 32000 pieces of Llama's vocabulary, `<image>`, and padding to a multiple of 64.
+        self.text_config = _sub_config(self.text_config, "llama", vocab_size=32064)
+        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        super().__post_init__(**kwargs)
+        self.auto_map = {
+            "AutoConfig": "configuration_m3.M3LlavaConfig",
+            "AutoModel": "modeling_m3.M3LlavaModel",
+            "AutoModelForImageTextToText": "modeling_m3.M3LlavaForConditionalGeneration",
+            **(getattr(self, "auto_map", None) or {}),
+        }
+        visual_tokens.check_choice(
+            "vision_feature_select_strategy", self.vision_feature_select_strategy, visual_tokens.SELECT_STRATEGIES
+        )
+        visual_tokens.check_choice("visual_token_sampling", self.visual_token_sampling, visual_tokens.SAMPLINGS)
+        visual_tokens.check_choice("patch_merge_type", self.patch_merge_type, visual_tokens.MERGE_TYPES)
+        keeps_class_token = self.vision_feature_select_strategy == "full"
+        if self.visual_token_scales is None:
+            finest = self.grid_side**2
+            self.visual_token_scales = [finest] if keeps_class_token else visual_tokens.default_scales(self.grid_side)
+        if self.image_grid_pinpoints is not None:
+            self.image_grid_pinpoints = [list(pair) for pair in self.image_grid_pinpoints]
+        self._check(keeps_class_token)
+
+    @property
+    def grid_side(self) -> int:
+        """Patches along one side of a tile: 24 for CLIP-ViT-L/14-336."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def num_vision_layers(self) -> int:
+        """How many of the vision tower's layers `vision_feature_layer` needs."""
+        depth = self.vision_config.num_hidden_layers
+        return self.vision_feature_layer if self.vision_feature_layer >= 0 else depth + 1 + self.vision_feature_layer
+
+    def _check(self, keeps_class_token: bool) -> None:
+        """Raises `ValueError` that names the value for a combination that no model can be built from."""
+        visual_tokens.check_scales(self.visual_token_scales, self.grid_side)
+        if keeps_class_token and self.visual_token_scales != [self.grid_side**2]:
+            raise ValueError(
+                f'vision_feature_select_strategy="full" keeps the class token, which cannot be pooled, but '
+                f"visual_token_scales is {self.visual_token_scales}. Use [{self.grid_side**2}], or the strategy "
+                '"default".'
+            )
+        if keeps_class_token and self.patch_merge_type != "flat":
+            raise ValueError(
+                f'patch_merge_type="{self.patch_merge_type}" needs tiles that are square grids, but '
+                'vision_feature_select_strategy="full" keeps the class token. Use "flat", or the strategy "default".'
+            )
+        if self.image_grid_pinpoints is not None:
+            visual_tokens.check_pinpoints(self.image_grid_pinpoints, self.vision_config.image_size)
+        if not 0 <= self.num_vision_layers <= self.vision_config.num_hidden_layers:
+            raise ValueError(
+                f"vision_feature_layer={self.vision_feature_layer} is not a hidden state of a vision tower with "
+                f"{self.vision_config.num_hidden_layers} layers."
+            )
+        sizes = self.vision_config.hidden_size, self.text_config.hidden_size
+        if self.multimodal_projector_depth < 0 or (self.multimodal_projector_depth == 0 and sizes[0] != sizes[1]):
+            raise ValueError(
+                f"multimodal_projector_depth={self.multimodal_projector_depth}: it must be 1 or more, or 0 (identity) "
+                f"where vision tower and language model have the same hidden size (here {sizes[0]} and {sizes[1]})."
+            )
+
+
+def _sub_config(config: dict | PreTrainedConfig | None, model_type: str, **defaults) -> PreTrainedConfig:
+    """The configuration that a dict describes; `model_type` with `defaults` where there is none."""
+    if isinstance(config, PreTrainedConfig):
+        return config
+    if config is None:
+        return AutoConfig.for_model(model_type, **defaults)
+    return AutoConfig.for_model(**{"model_type": model_type, **config})
+
+
+__all__ = ["M3LlavaConfig"]

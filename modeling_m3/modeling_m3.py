@@ -1,0 +1,503 @@
+# Copyright 2026 The M3 for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The M3 model: pixels -> vision tower -> projector -> visual tokens at the asked scale -> language model.
+
+Shapes use: b prompts, s sequence length, i images, t tiles of one image, n tokens per tile, d hidden size of the language
+model. What happens to the visual tokens after the projector is in `visual_tokens.py`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, GenerationMixin
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
+
+from . import visual_tokens
+from .configuration_m3 import M3LlavaConfig
+
+
+# What describes images among the model's inputs. `generate` needs them for the first step only.
+IMAGE_INPUTS = (
+    "pixel_values",
+    "image_sizes",
+    "num_visual_tokens",
+    "visual_token_sampling",
+    "image_grid_pinpoints",
+    "image_tile_grids",
+)
+
+
+@auto_docstring
+@dataclass
+class M3LlavaModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    image_hidden_states (`torch.FloatTensor` of shape `(all visual tokens, hidden_size)`, *optional*):
+        The visual tokens of all images, as they stand in the sequence.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@auto_docstring
+@dataclass
+class M3LlavaCausalLMOutputWithPast(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
+        Next-token prediction loss.
+    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
+        Scores of every token of the vocabulary, before the softmax.
+    past_key_values (`Cache`, *optional*):
+        Keys and values of the tokens seen so far.
+    image_hidden_states (`torch.FloatTensor` of shape `(all visual tokens, hidden_size)`, *optional*):
+        The visual tokens of all images, as they stand in the sequence.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class M3LlavaUsedLayers(nn.ModuleList):
+    """Holds all layers of the vision tower, so that its weights stay whole, and yields those whose output is used."""
+
+    def __init__(self, layers: nn.ModuleList, num_used: int):
+        super().__init__(layers)
+        self.num_used = num_used
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return islice(super().__iter__(), self.num_used)
+
+
+class M3LlavaMultiModalProjector(nn.Module):
+    """`linear_1` to `linear_N` with an activation between them; no layer at all is the identity."""
+
+    def __init__(self, config: M3LlavaConfig):
+        super().__init__()
+        self.depth = config.multimodal_projector_depth
+        self.act = ACT2FN[config.projector_hidden_act]
+        size_in, size_out = config.vision_config.hidden_size, config.text_config.hidden_size
+        for i in range(1, self.depth + 1):
+            self.add_module(f"linear_{i}", nn.Linear(size_in, size_out, bias=config.multimodal_projector_bias))
+            size_in = size_out
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        for i in range(1, self.depth + 1):
+            image_features = self.act(image_features) if i > 1 else image_features
+            image_features = self.get_submodule(f"linear_{i}")(image_features)
+        return image_features
+
+
+@auto_docstring
+class M3LlavaPreTrainedModel(PreTrainedModel):
+    config: M3LlavaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if getattr(module, "image_newline", None) is not None:
+            init.normal_(module.image_newline, std=self.config.text_config.hidden_size**-0.5)
+
+
+@auto_docstring(
+    custom_intro="""
+    The vision tower, the projector and the language model without its head.
+    """
+)
+class M3LlavaModel(M3LlavaPreTrainedModel):
+    _auto_class = "AutoModel"  # saving copies the code along
+
+    def __init__(self, config: M3LlavaConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        encoder = self.vision_tower.encoder
+        encoder.layers = M3LlavaUsedLayers(encoder.layers, config.num_vision_layers)
+        self.multi_modal_projector = M3LlavaMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        # CODEPATH: LLaVA-NeXT checkpoints end every row of tiles with `image_newline`; LLaVA-1.5 checkpoints have none.
+        if config.image_grid_pinpoints is not None and config.patch_merge_type == "spatial_unpad":
+            self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
+        else:
+            self.image_newline = None
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor | list[torch.FloatTensor],
+        image_sizes: torch.LongTensor | list[list[int]] | None = None,
+        num_visual_tokens: torch.LongTensor | list[int] | int | None = None,
+        visual_token_sampling: str | None = None,
+        image_grid_pinpoints: list[list[int]] | None = None,
+        image_tile_grids: torch.LongTensor | list[list[int]] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        The visual tokens of every image: each tile is encoded and projected once, then pooled to its image's scale.
+
+        pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)` or `(images, tiles, channels, height, width)`, or a list with one tensor per image):
+            One view per image, or its tiles, zeros after the last.
+        image_sizes (`torch.LongTensor` of shape `(images, 2)`, *optional*):
+            (height, width) of the original images in pixels. Needed for images that are cut into tiles.
+        num_visual_tokens (`torch.LongTensor` of shape `(images,)`, `list[int]` or `int`, *optional*):
+            Visual tokens per tile, for all images or for each. The finest scale by default.
+        visual_token_sampling (`str`, *optional*):
+            `"average"`, `"spatial"` or `"sequential"`; the configuration's by default.
+        image_grid_pinpoints (`list[list[int]]`, *optional*):
+            (height, width) pairs the tiles were cut from, where they are not the configuration's.
+        image_tile_grids (`torch.LongTensor` of shape `(images, 2)`, *optional*):
+            (rows, columns) of tiles of every image, where the caller knows them.
+
+        Returns `pooler_output`, a list with one tensor of shape (tokens, hidden_size) per image, and
+        `last_hidden_state`, the output of the vision tower's selected layer, of shape (all tiles, 1 + patches, vision
+        hidden size). Raises `ValueError` for sizes, grids or numbers of visual tokens that do not fit the pixels.
+        """
+        config = self.config
+        sampling = visual_token_sampling or config.visual_token_sampling
+        visual_tokens.check_choice("visual_token_sampling", sampling, visual_tokens.SAMPLINGS)
+        sizes = _as_list(image_sizes)
+        tiles, grids = self._tiles(pixel_values, sizes, image_grid_pinpoints, _as_list(image_tile_grids))
+        scales = _as_list(num_visual_tokens)
+        scales = visual_tokens.check_num_visual_tokens(scales, config.visual_token_scales, len(tiles))
+
+        outputs = self.vision_tower(torch.cat(tiles), **kwargs)
+        features = outputs.last_hidden_state
+        keeps_class_token = config.vision_feature_select_strategy == "full"
+        features = self.multi_modal_projector(features if keeps_class_token else features[:, 1:])
+
+        image_features = []
+        for index, image in enumerate(features.split([len(image) for image in tiles])):
+            if not keeps_class_token:
+                image = visual_tokens.pool_tiles(image, scales[index], sampling)
+            newline = None if self.image_newline is None else self.image_newline.to(image.device, image.dtype)
+            size = None if sizes is None else sizes[index]
+            image_features.append(
+                visual_tokens.merge_tiles(image, grids[index], size, config.patch_merge_type, newline)
+            )
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=image_features,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _tiles(
+        self,
+        pixel_values: torch.FloatTensor | list[torch.FloatTensor],
+        image_sizes: list[list[int]] | None,
+        image_grid_pinpoints: list[list[int]] | None,
+        image_tile_grids: list[list[int]] | None,
+    ) -> tuple[list[torch.FloatTensor], list[tuple[int, int] | None]]:
+        """Each image's tiles, (t, c, h, w) without the padding of the batch, and their (rows, columns)."""
+        images = list(pixel_values)
+        if images[0].ndim == 3:
+            return [image[None] for image in images], [None] * len(images)
+        if images[0].ndim != 4:
+            raise ValueError(
+                f"pixel_values of one image have the shape {tuple(images[0].shape)}: expected (channels, height, width), "
+                "or (tiles, channels, height, width)."
+            )
+        if all(len(image) == 1 for image in images):
+            return images, [(0, 0)] * len(images)
+        if image_tile_grids is None:
+            pinpoints = self.config.image_grid_pinpoints if image_grid_pinpoints is None else image_grid_pinpoints
+            if image_sizes is None or pinpoints is None:
+                raise ValueError(
+                    "pixel_values hold several tiles per image: pass the processor's image_sizes, and image_grid_pinpoints "
+                    "where the configuration has none."
+                )
+            tile_size = self.config.vision_config.image_size
+            image_tile_grids = [visual_tokens.tile_grid(size, pinpoints, tile_size) for size in image_sizes]
+        grids = [tuple(grid) for grid in image_tile_grids]
+        counts = [visual_tokens.num_tiles(grid) for grid in grids]
+        if len(counts) != len(images) or any(len(image) < count for image, count in zip(images, counts)):
+            raise ValueError(
+                f"pixel_values hold {[len(image) for image in images]} tiles, but image_sizes and the grid pinpoints say "
+                f"{counts}. Were the images prepared with other image_grid_pinpoints? Then pass those, or the "
+                "processor's image_tile_grids."
+            )
+        return [image[:count] for image, count in zip(images, counts)], grids
+
+    def get_placeholder_mask(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor,
+        image_features: torch.FloatTensor | None = None,
+    ) -> torch.BoolTensor:
+        """
+        Where the placeholders stand, (b, s).
+
+        Args:
+            input_ids: (b, s); without them the placeholders are recognised by their embedding.
+            inputs_embeds: (b, s, d).
+            image_features: (all visual tokens, d); if given, their number must be that of the placeholders.
+
+        Raises:
+            ValueError: if the numbers differ.
+        """
+        if input_ids is None:
+            placeholder = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        if image_features is not None:
+            torch_compilable_check(
+                mask.sum() == len(image_features),
+                lambda: (
+                    f"The prompt has {mask.sum()} placeholders for {len(image_features)} visual tokens. Pass all that the "
+                    "processor returned, num_visual_tokens and image_sizes included."
+                ),
+            )
+        return mask
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        num_visual_tokens: torch.LongTensor | list[int] | int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        visual_token_sampling: str | None = None,
+        image_grid_pinpoints: list[list[int]] | None = None,
+        image_tile_grids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | M3LlavaModelOutputWithPast:
+        r"""
+        num_visual_tokens (`torch.LongTensor` of shape `(images,)`, `list[int]` or `int`, *optional*):
+            Visual tokens per tile, for all images or for each. The finest scale by default.
+        visual_token_sampling (`str`, *optional*):
+            `"average"`, `"spatial"` or `"sequential"`; the configuration's by default.
+        image_grid_pinpoints (`list[list[int]]`, *optional*):
+            (height, width) pairs the tiles were cut from, where they are not the configuration's.
+        image_tile_grids (`torch.LongTensor` of shape `(images, 2)`, *optional*):
+            (rows, columns) of tiles of every image, where the caller knows them.
+        mm_encoder_outputs (`dict`, *optional*):
+            `{"image": get_image_features(...)}`, in place of `pixel_values`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None and encoded is not None:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        if pixel_values is not None:
+            encoded = self.get_image_features(
+                pixel_values,
+                image_sizes=image_sizes,
+                num_visual_tokens=num_visual_tokens,
+                visual_token_sampling=visual_token_sampling,
+                image_grid_pinpoints=image_grid_pinpoints,
+                image_tile_grids=image_tile_grids,
+                return_dict=True,
+            )
+        image_features = None
+        if encoded is not None:
+            image_features = torch.cat(list(encoded.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), image_features)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return M3LlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+
+@auto_docstring(
+    custom_intro="""
+    M3 with a language modelling head: answers questions about images at any number of visual tokens.
+    """
+)
+class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, GenerationMixin):
+    _auto_class = "AutoModelForImageTextToText"  # saving copies the code along
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: M3LlavaConfig):
+        super().__init__(config)
+        self.model = M3LlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    @auto_docstring
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor | list[torch.FloatTensor],
+        image_sizes: torch.LongTensor | list[list[int]] | None = None,
+        num_visual_tokens: torch.LongTensor | list[int] | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        See [`M3LlavaModel.get_image_features`].
+
+        num_visual_tokens (`torch.LongTensor` of shape `(images,)`, `list[int]` or `int`, *optional*):
+            Visual tokens per tile, for all images or for each. The finest scale by default.
+        """
+        return self.model.get_image_features(pixel_values, image_sizes, num_visual_tokens, **kwargs)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        num_visual_tokens: torch.LongTensor | list[int] | int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        visual_token_sampling: str | None = None,
+        image_grid_pinpoints: list[list[int]] | None = None,
+        image_tile_grids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | M3LlavaCausalLMOutputWithPast:
+        r"""
+        num_visual_tokens (`torch.LongTensor` of shape `(images,)`, `list[int]` or `int`, *optional*):
+            Visual tokens per tile, for all images or for each. The finest scale by default.
+        visual_token_sampling (`str`, *optional*):
+            `"average"`, `"spatial"` or `"sequential"`; the configuration's by default.
+        image_grid_pinpoints (`list[list[int]]`, *optional*):
+            (height, width) pairs the tiles were cut from, where they are not the configuration's.
+        image_tile_grids (`torch.LongTensor` of shape `(images, 2)`, *optional*):
+            (rows, columns) of tiles of every image, where the caller knows them.
+        mm_encoder_outputs (`dict`, *optional*):
+            `{"image": get_image_features(...)}`, in place of `pixel_values`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            num_visual_tokens=num_visual_tokens,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            visual_token_sampling=visual_token_sampling,
+            image_grid_pinpoints=image_grid_pinpoints,
+            image_tile_grids=image_tile_grids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs[0][:, kept, :])
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return M3LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        # Images enter the cache in the first step. transformers drops the inputs it knows by name, not all of ours.
+        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs = {
+                name: value for name, value in inputs.items() if name not in (*IMAGE_INPUTS, "mm_encoder_outputs")
+            }
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
+        # Newer transformers encode images before they expand prompts for beams or several answers. Older ones repeat every
+        # image in place, [A, A, B, B], where a prompt with two images needs [A, B, A, B]: encode here, and repeat by prompt.
+        if expand_size > 1 and model_kwargs.get("pixel_values") is not None:
+            image_inputs = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if name in model_kwargs}
+            encoded = self.get_image_features(**image_inputs, return_dict=True)
+            embeds = model_kwargs.get("inputs_embeds")
+            mask = self.model.get_placeholder_mask(input_ids if embeds is None else None, embeds)
+            encoded.pooler_output = _repeat_by_prompt(encoded.pooler_output, mask.sum(-1).tolist(), expand_size)
+            model_kwargs["mm_encoder_outputs"] = {"image": encoded}
+        return super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+
+
+def _as_list(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+def _repeat_by_prompt(images: list[torch.Tensor], placeholders: list[int], repeats: int) -> list[torch.Tensor]:
+    """Repeats each prompt's images as a group, given how many placeholders each prompt has."""
+    remaining, repeated = iter(images), []
+    for count in placeholders:
+        group = []
+        while count > 0:
+            group.append(next(remaining))
+            count -= len(group[-1])
+        repeated += group * repeats
+    return repeated
+
+
+__all__ = ["M3LlavaForConditionalGeneration", "M3LlavaModel", "M3LlavaPreTrainedModel"]

@@ -1,0 +1,205 @@
+# Copyright 2026 The M3 for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Pictures and text to model inputs: every `<image>` becomes as many placeholders as the image costs visual tokens."""
+
+from typing import Any
+
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
+
+from . import image_processing_m3, visual_tokens
+
+
+class M3LlavaImagesKwargs(ImagesKwargs, total=False):
+    """
+    num_visual_tokens (`int` or `list[int]`, *optional*):
+        Visual tokens per tile: one number for all images, or one per image in reading order.
+    image_grid_pinpoints (`list[list[int]]`, *optional*):
+        (height, width) pairs in pixels that an image may be resized to before it is cut into tiles.
+    """
+
+    num_visual_tokens: int | list[int] | None
+    image_grid_pinpoints: list | tuple | None
+
+
+class M3LlavaProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: M3LlavaImagesKwargs
+
+
+# transformers before 5.20 reads the defaults here, and a TypedDict does not inherit them.
+M3LlavaProcessorKwargs._defaults = {}
+
+
+# trf-ignore: TRF057 - see configuration_m3.py
+class M3LlavaProcessor(ProcessorMixin):
+    """
+    Turns images and text into the inputs of [`M3LlavaForConditionalGeneration`].
+
+    Args:
+        image_processor (`M3LlavaImageProcessor`): Its `image_grid_pinpoints` decide whether images are cut into tiles.
+        tokenizer (`PreTrainedTokenizerFast`): One that knows `image_token`.
+        patch_size (`int`, *optional*, defaults to 14): Pixels along one side of a patch of the vision tower.
+        visual_token_scales (`list[int]`, *optional*): The numbers of visual tokens a tile may cost; as in the model's
+            configuration. By default the paper's, for the grid of patches.
+        num_visual_tokens (`int`, *optional*): The number that is used where a call gives none; the finest by default.
+        patch_merge_type (`str`, *optional*, defaults to `"flat"`): As in the model's configuration.
+        vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`): As in the model's configuration.
+        image_token (`str`, *optional*, defaults to `"<image>"`): The mark that stands for an image in a prompt.
+        chat_template (`str`, *optional*): Jinja template for `apply_chat_template`.
+    """
+
+    valid_processor_kwargs = M3LlavaProcessorKwargs
+    _auto_class = "AutoProcessor"  # saving copies the code along
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        patch_size: int = 14,
+        visual_token_scales: list[int] | None = None,
+        num_visual_tokens: int | None = None,
+        patch_merge_type: str = "flat",
+        vision_feature_select_strategy: str = "default",
+        image_token: str = "<image>",
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        if not isinstance(patch_size, int) or patch_size < 1:
+            raise ValueError(f"patch_size={patch_size!r} must be the side of the vision tower's patches in pixels.")
+        visual_tokens.check_choice("patch_merge_type", patch_merge_type, visual_tokens.MERGE_TYPES)
+        visual_tokens.check_choice(
+            "vision_feature_select_strategy", vision_feature_select_strategy, visual_tokens.SELECT_STRATEGIES
+        )
+        side = image_processor.tile_size // patch_size
+        keeps_class_token = vision_feature_select_strategy == "full"
+        if visual_token_scales is None:
+            visual_token_scales = [side * side] if keeps_class_token else visual_tokens.default_scales(side)
+        visual_tokens.check_scales(visual_token_scales, side)
+        visual_tokens.check_num_visual_tokens(num_visual_tokens, visual_token_scales, num_images=1)
+
+        self.patch_size = patch_size
+        self.visual_token_scales = visual_token_scales
+        self.num_visual_tokens = num_visual_tokens
+        self.patch_merge_type = patch_merge_type
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.image_token = getattr(tokenizer, "image_token", None) or image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+
+    # trf-ignore: TRF057 - see configuration_m3.py
+    def __call__(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any):
+        """
+        Prepares images and text for the model.
+
+        Args:
+            images: One image, a list, or a list per prompt: PIL images, arrays, tensors, paths or URLs.
+            text: One prompt or a list, with one `<image>` per image.
+            num_visual_tokens (`int` or `list[int]`, *optional*): What each image may cost, per tile: one of
+                `visual_token_scales` for all images, or a list with one per image in reading order.
+            image_grid_pinpoints (`list[list[int]]`, *optional*): Resolutions for this call, as (height, width).
+            kwargs: Anything the tokenizer and the image processor take: `return_tensors`, `padding`, ...
+
+        Returns:
+            `BatchFeature` with `input_ids` and `attention_mask` of shape (prompts, sequence length); where there are
+            images, `pixel_values`, `num_visual_tokens` of shape (images,), and for images cut into tiles `image_sizes` of
+            shape (images, 2). A call that overrides `image_grid_pinpoints` adds `image_tile_grids`, of shape (images, 2):
+            the (rows, columns) that the model cannot know from its configuration.
+
+        Raises:
+            ValueError: for a number of visual tokens this checkpoint does not offer, for numbers of images and of
+                `<image>` marks that differ, and where truncation would cut an image's placeholders.
+        """
+        # transformers before 5.20 empties the dicts it is handed: a caller's must survive for the next call.
+        kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def validate_inputs(self, images: ImageInput | None = None, text: Any = None, **kwargs: Any) -> None:
+        """Checks what a caller passed before transformers' own type checks, whose messages name no allowed value."""
+        super().validate_inputs(images=images, text=text, **kwargs)
+        num_images = 0 if images is None else len(make_flat_list_of_images(images))
+        self._budgets(
+            kwargs.get("num_visual_tokens", kwargs.get("images_kwargs", {}).get("num_visual_tokens")), num_images
+        )
+        if text is None:
+            return
+        marks = [prompt.count(self.image_token) for prompt in ([text] if isinstance(text, str) else text)]
+        if sum(marks) != num_images:
+            raise ValueError(
+                f"The text has {sum(marks)} {self.image_token} mark(s) for {num_images} image(s). Write one "
+                f"{self.image_token} in the prompt for each image."
+            )
+        nested = isinstance(images, (list, tuple)) and images and isinstance(images[0], (list, tuple))
+        if nested and [len(group) for group in images] != marks:
+            raise ValueError(
+                f"The prompts have {marks} {self.image_token} mark(s), but the lists of images have "
+                f"{[len(group) for group in images]} entries. Give every prompt its own images."
+            )
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """The placeholders of one image."""
+        sizes = image_inputs.get("image_sizes")
+        size = None if sizes is None else tuple(int(edge) for edge in sizes[image_idx])
+        scale = int(image_inputs["num_visual_tokens"][image_idx])
+        return self.image_token * self._count(scale, size, kwargs.get("image_grid_pinpoints"))
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "num_visual_tokens"]
+
+    def _process_images(
+        self, images: ImageInput, num_visual_tokens: int | list[int] | None = None, **kwargs: Any
+    ) -> tuple[dict, list[str]]:
+        budgets = self._budgets(num_visual_tokens, len(make_flat_list_of_images(images)))
+        image_inputs = self.image_processor(images, **kwargs)
+        image_inputs["num_visual_tokens"] = budgets
+        pinpoints = kwargs.get("image_grid_pinpoints")
+        if pinpoints is not None and pinpoints != self.image_processor.image_grid_pinpoints:
+            image_inputs["image_tile_grids"] = [self._grid(size, pinpoints) for size in image_inputs["image_sizes"]]
+        replacements = [self.replace_image_token(image_inputs, index, **kwargs) for index in range(len(budgets))]
+        return image_inputs, replacements
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """What images of these (height, width) cost, for serving engines: placeholders, and one entry of pixels each."""
+        if image_sizes is None:
+            return MultiModalData()
+        budgets = self._budgets(kwargs.get("num_visual_tokens"), len(image_sizes))
+        counts = [
+            self._count(scale, tuple(size), kwargs.get("image_grid_pinpoints"))
+            for scale, size in zip(budgets, image_sizes)
+        ]
+        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
+
+    def _budgets(self, num_visual_tokens: int | list[int] | None, num_images: int) -> list[int]:
+        if num_visual_tokens is None:
+            num_visual_tokens = self.num_visual_tokens
+        return visual_tokens.check_num_visual_tokens(num_visual_tokens, self.visual_token_scales, num_images)
+
+    def _grid(self, size: tuple[int, int], image_grid_pinpoints: list | None) -> tuple[int, int] | None:
+        pinpoints = self.image_processor.image_grid_pinpoints if image_grid_pinpoints is None else image_grid_pinpoints
+        if pinpoints is None:
+            return None
+        return visual_tokens.tile_grid(tuple(int(edge) for edge in size), pinpoints, self.image_processor.tile_size)
+
+    def _count(self, scale: int, size: tuple[int, int] | None, image_grid_pinpoints: list | None) -> int:
+        class_tokens = int(self.vision_feature_select_strategy == "full")
+        grid = self._grid(size, image_grid_pinpoints)
+        return visual_tokens.count_visual_tokens(scale, grid, size, self.patch_merge_type, class_tokens)
+
+
+# Named here so that saving a processor finds the file of its image processor.
+M3LlavaImageProcessor = image_processing_m3.M3LlavaImageProcessor
+
+__all__ = ["M3LlavaProcessor"]

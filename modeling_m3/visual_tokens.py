@@ -1,0 +1,247 @@
+# Copyright 2026 The M3 for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How many visual tokens an image has, and how they are made: the one source for both.
+
+The processor asks this module how many placeholders an image needs; the model asks it for the features themselves. Both
+go through the same two steps, so they cannot disagree:
+
+1. every tile (a square view of the image) is pooled from its `side * side` grid to one of the *scales* (paper section 3);
+2. the pooled tiles of an image are merged into one sequence (`patch_merge_type` of LLaVA-NeXT).
+
+Sizes, resolutions and grids are (height, width) or (rows, columns) throughout; the original code has (width, height).
+Tensor shapes use: t tiles of one image, n tokens per tile, d hidden size.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+
+SAMPLINGS = ("average", "spatial", "sequential")
+MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+SELECT_STRATEGIES = ("default", "full")
+
+
+def default_scales(side: int) -> list[int]:
+    """The paper's scales for a grid of `side * side` patches: 2x2 pooling while the side is even, then one token.
+
+    `[1, 9, 36, 144, 576]` for CLIP-ViT-L/14-336, whose side is 24 (paper section 4.1).
+    """
+    sides = [side]
+    while sides[-1] % 2 == 0:
+        sides.append(sides[-1] // 2)
+    return sorted({s * s for s in (*sides, 1)})
+
+
+def possible_scales(side: int) -> list[int]:
+    """Every scale that a grid of `side * side` patches has: `(side / k) ** 2` for the whole numbers k that divide it."""
+    return [s * s for s in range(1, side + 1) if side % s == 0]
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises `ValueError` that names the option and its choices unless `value` is one of them."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
+
+
+def check_scales(scales: Sequence[int], side: int) -> None:
+    """Raises `ValueError` unless `scales` is a list of distinct scales of a grid of `side * side` patches."""
+    possible = possible_scales(side)
+    wrong = [scale for scale in scales if isinstance(scale, bool) or scale not in possible]
+    if wrong or not scales or len(set(scales)) != len(scales):
+        raise ValueError(
+            f"visual_token_scales={list(scales)!r} must be distinct scales of the {side}x{side} grid of patches: "
+            f"choose from {possible}."
+        )
+
+
+def check_num_visual_tokens(
+    num_visual_tokens: int | list[int] | None, scales: Sequence[int], num_images: int
+) -> list[int]:
+    """One scale per image from what a caller may pass: an int for all, a list with one per image, None for the finest.
+
+    Raises `ValueError` that names the value and the allowed scales. The original rounds such values silently: 100 becomes
+    144, 200 becomes 576.
+    """
+    if num_visual_tokens is None:
+        return [max(scales)] * num_images
+    values = num_visual_tokens if isinstance(num_visual_tokens, list) else [num_visual_tokens]
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or value not in scales:
+            raise ValueError(
+                f"num_visual_tokens={num_visual_tokens!r}: {value!r} is not a number of visual tokens this checkpoint "
+                f"offers. Pass one of {sorted(scales)} for all images, or a list with one of them per image."
+            )
+    if not isinstance(num_visual_tokens, list):
+        return values * num_images
+    if len(values) != num_images:
+        raise ValueError(
+            f"num_visual_tokens={num_visual_tokens!r} has {len(values)} entries for {num_images} image(s). Pass one int "
+            "for all images, or a list with one int per image in reading order."
+        )
+    return values
+
+
+def check_pinpoints(image_grid_pinpoints: Sequence[Sequence[int]], tile_size: int) -> None:
+    """Raises `ValueError` unless these are (height, width) pairs, each a whole number of tiles of `tile_size` pixels."""
+    if not image_grid_pinpoints:
+        raise ValueError("image_grid_pinpoints is empty: give at least one (height, width) pair, or None for no tiles.")
+    for pair in image_grid_pinpoints:
+        if len(pair) != 2 or any(edge < tile_size or edge % tile_size for edge in pair):
+            raise ValueError(
+                f"image_grid_pinpoints holds {list(pair)}: every entry must be a (height, width) pair of positive "
+                f"multiples of the tile size, {tile_size} pixels."
+            )
+
+
+def select_resolution(image_size: tuple[int, int], image_grid_pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The pinpoint that keeps most of the image's pixels, then wastes least; the earlier one on a tie.
+
+    Source: the original's `select_best_resolution`.
+    """
+    height, width = image_size
+
+    def fit(pinpoint: Sequence[int]) -> tuple[int, int]:
+        scale = min(pinpoint[1] / width, pinpoint[0] / height)
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        return effective, effective - pinpoint[0] * pinpoint[1]
+
+    best_height, best_width = max(image_grid_pinpoints, key=fit)
+    return best_height, best_width
+
+
+def tile_grid(
+    image_size: tuple[int, int], image_grid_pinpoints: Sequence[Sequence[int]], tile_size: int
+) -> tuple[int, int]:
+    """The (rows, columns) of tiles that an image of (height, width) pixels is cut into, the base view not counted."""
+    height, width = select_resolution(image_size, image_grid_pinpoints)
+    return height // tile_size, width // tile_size
+
+
+def num_tiles(grid: tuple[int, int] | None) -> int:
+    """How many tiles the vision tower sees: the base view and the grid's. `None`: an image that is one view, not cut."""
+    return 1 if grid is None else 1 + grid[0] * grid[1]
+
+
+def count_visual_tokens(
+    scale: int,
+    grid: tuple[int, int] | None,
+    image_size: tuple[int, int] | None,
+    patch_merge_type: str,
+    num_additional_tokens: int = 0,
+) -> int:
+    """The number of tokens `merge_tiles` makes of an image, i.e. how many placeholders its prompt needs.
+
+    Args:
+        scale: tokens per tile after pooling.
+        grid: (rows, columns) of tiles, or None for an image that is not cut into tiles.
+        image_size: (height, width) of the original image in pixels; needed where a grid is unpadded.
+        patch_merge_type: one of `MERGE_TYPES`.
+        num_additional_tokens: tokens per tile that are not of the grid: 1 where the class token is kept.
+    """
+    if grid is None or patch_merge_type != "spatial_unpad":
+        return num_tiles(grid) * (scale + num_additional_tokens)
+    if grid == (0, 0):
+        return scale + 1
+    rows, columns = _kept_rows_and_columns(grid, math.isqrt(scale), image_size)
+    return scale + len(rows) * (len(columns) + 1)
+
+
+def pool_tiles(features: torch.Tensor, scale: int, sampling: str = "average") -> torch.Tensor:
+    """Reduces every tile's grid of tokens to `scale` tokens, in reading order.
+
+    One average over k x k tokens equals the paper's repeated 2x2 pooling, and the original's `avg_pool2d`.
+
+    Args:
+        features: (t, side * side, d).
+        scale: a scale of the grid; `side * side` returns `features` as they are.
+        sampling: "average", the method; or the training-free baselines of paper Table 4 and Figure 5: "spatial" keeps
+            the first token of every window, "sequential" the first `scale` tokens of the tile.
+
+    Returns:
+        (t, scale, d).
+
+    Raises:
+        ValueError: if the tiles are not square grids (a class token was kept) or `scale` is not one of theirs.
+    """
+    t, n, d = features.shape
+    if scale == n:
+        return features
+    side = math.isqrt(n)
+    if side * side != n:
+        raise ValueError(
+            f"Tiles of {n} tokens are not a square grid, so they cannot be pooled to {scale}: the class token is kept "
+            '(vision_feature_select_strategy="full"). Use "default", or the finest scale only.'
+        )
+    if scale not in possible_scales(side):
+        raise ValueError(
+            f"A {side}x{side} grid of tokens cannot be pooled to {scale}: choose from {possible_scales(side)}."
+        )
+    if sampling == "sequential":
+        return features[:, :scale]
+    window = side // math.isqrt(scale)
+    windows = features.reshape(t, side // window, window, side // window, window, d)
+    pooled = windows[:, :, 0, :, 0] if sampling == "spatial" else windows.mean(dim=(2, 4))
+    return pooled.reshape(t, scale, d)
+
+
+def merge_tiles(
+    features: torch.Tensor,
+    grid: tuple[int, int] | None,
+    image_size: tuple[int, int] | None,
+    patch_merge_type: str,
+    image_newline: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Lays the pooled tiles of one image out as one sequence: the base view first, then the grid.
+
+    "flat" keeps tile after tile; "spatial" reads the grid row by row across its tiles; "spatial_unpad" does so after
+    cutting off the rows and columns that are padding, and ends every row with `image_newline`. At coarse scales nothing
+    may be left of the grid. Source: the original's `prepare_inputs_labels_for_multimodal` and `unpad_image`.
+
+    Args:
+        features: (t, n, d).
+        grid: (rows, columns) of tiles; None for an image that is one view; (0, 0) for a base view without a grid.
+        image_size: (height, width) of the original image in pixels.
+        image_newline: (d,), needed by "spatial_unpad".
+
+    Returns:
+        (`count_visual_tokens(...)`, d).
+    """
+    t, n, d = features.shape
+    if grid is None or patch_merge_type == "flat":
+        return features.reshape(t * n, d)
+    if grid == (0, 0):
+        return features[0] if image_newline is None else torch.cat([features[0], image_newline[None]])
+    side = math.isqrt(n)
+    canvas = features[1:].reshape(*grid, side, side, d).transpose(1, 2).reshape(grid[0] * side, grid[1] * side, d)
+    if patch_merge_type == "spatial_unpad":
+        rows, columns = _kept_rows_and_columns(grid, side, image_size)
+        canvas = canvas[rows.start : rows.stop, columns.start : columns.stop]
+        canvas = torch.cat([canvas, image_newline.expand(len(rows), 1, d)], dim=1)
+    return torch.cat([features[0], canvas.reshape(-1, d)])
+
+
+def _kept_rows_and_columns(grid: tuple[int, int], side: int, image_size: tuple[int, int]) -> tuple[range, range]:
+    """The rows and columns of the canvas of pooled tokens that show the image and not its padding.
+
+    `int(x)` floors as the original does; transformers rounds to 7 digits first, which gives other counts.
+    """
+    rows, columns = grid[0] * side, grid[1] * side
+    height, width = image_size
+    if width / height > columns / rows:
+        padding = (rows - int(height * (columns / width))) // 2
+        return range(padding, rows - padding), range(columns)
+    padding = (columns - int(width * (rows / height))) // 2
+    return range(rows), range(padding, columns - padding)

@@ -14,6 +14,15 @@ from .modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaModel, M3LlavaP
 from .processing_m3 import M3LlavaProcessor
 
 
+# What travels with a checkpoint, next to its weights.
+REMOTE_CODE_FILES = (
+    "configuration_m3.py",
+    "image_processing_m3.py",
+    "modeling_m3.py",
+    "processing_m3.py",
+    "visual_tokens.py",
+)
+
 AutoConfig.register(M3LlavaConfig.model_type, M3LlavaConfig)
 AutoModel.register(M3LlavaConfig, M3LlavaModel)
 AutoModelForImageTextToText.register(M3LlavaConfig, M3LlavaForConditionalGeneration)
@@ -24,6 +33,7 @@ AutoImageProcessor.register(
 )
 
 __all__ = [
+    "REMOTE_CODE_FILES",
     "M3LlavaConfig",
     "M3LlavaForConditionalGeneration",
     "M3LlavaImageProcessor",

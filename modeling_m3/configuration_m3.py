@@ -16,7 +16,15 @@
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, strict
 
-from . import visual_tokens
+from .visual_tokens import (
+    MERGE_TYPES,
+    SAMPLINGS,
+    SELECT_STRATEGIES,
+    check_choice,
+    check_pinpoints,
+    check_scales,
+    default_scales,
+)
 
 
 # trf-ignore: TRF057 - auto_docstring knows only models in transformers' own tree: here it writes "configuration of a None"
@@ -97,15 +105,13 @@ class M3LlavaConfig(PreTrainedConfig):
             "AutoModelForImageTextToText": "modeling_m3.M3LlavaForConditionalGeneration",
             **(getattr(self, "auto_map", None) or {}),
         }
-        visual_tokens.check_choice(
-            "vision_feature_select_strategy", self.vision_feature_select_strategy, visual_tokens.SELECT_STRATEGIES
-        )
-        visual_tokens.check_choice("visual_token_sampling", self.visual_token_sampling, visual_tokens.SAMPLINGS)
-        visual_tokens.check_choice("patch_merge_type", self.patch_merge_type, visual_tokens.MERGE_TYPES)
+        check_choice("vision_feature_select_strategy", self.vision_feature_select_strategy, SELECT_STRATEGIES)
+        check_choice("visual_token_sampling", self.visual_token_sampling, SAMPLINGS)
+        check_choice("patch_merge_type", self.patch_merge_type, MERGE_TYPES)
         keeps_class_token = self.vision_feature_select_strategy == "full"
         if self.visual_token_scales is None:
             finest = self.grid_side**2
-            self.visual_token_scales = [finest] if keeps_class_token else visual_tokens.default_scales(self.grid_side)
+            self.visual_token_scales = [finest] if keeps_class_token else default_scales(self.grid_side)
         if self.image_grid_pinpoints is not None:
             self.image_grid_pinpoints = [list(pair) for pair in self.image_grid_pinpoints]
         self._check(keeps_class_token)
@@ -123,7 +129,7 @@ class M3LlavaConfig(PreTrainedConfig):
 
     def _check(self, keeps_class_token: bool) -> None:
         """Raises `ValueError` that names the value for a combination that no model can be built from."""
-        visual_tokens.check_scales(self.visual_token_scales, self.grid_side)
+        check_scales(self.visual_token_scales, self.grid_side)
         if keeps_class_token and self.visual_token_scales != [self.grid_side**2]:
             raise ValueError(
                 f'vision_feature_select_strategy="full" keeps the class token, which cannot be pooled, but '
@@ -136,7 +142,7 @@ class M3LlavaConfig(PreTrainedConfig):
                 'vision_feature_select_strategy="full" keeps the class token. Use "flat", or the strategy "default".'
             )
         if self.image_grid_pinpoints is not None:
-            visual_tokens.check_pinpoints(self.image_grid_pinpoints, self.vision_config.image_size)
+            check_pinpoints(self.image_grid_pinpoints, self.vision_config.image_size)
         if not 0 <= self.num_vision_layers <= self.vision_config.num_hidden_layers:
             raise ValueError(
                 f"vision_feature_layer={self.vision_feature_layer} is not a hidden state of a vision tower with "

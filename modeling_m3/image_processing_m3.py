@@ -29,7 +29,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-from . import visual_tokens
+from .visual_tokens import check_pinpoints, select_resolution
 
 
 class M3LlavaImageProcessorKwargs(ImagesKwargs, total=False):
@@ -71,7 +71,7 @@ class _Views:
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         if self.image_grid_pinpoints is not None:
-            visual_tokens.check_pinpoints(self.image_grid_pinpoints, self.tile_size)
+            check_pinpoints(self.image_grid_pinpoints, self.tile_size)
 
     @property
     def tile_size(self) -> int:
@@ -122,7 +122,7 @@ class _Views:
         last tile, and `image_sizes`, (images, 2): the pictures' (height, width)."""
         background = tuple(int(mean * 255) for mean in image_mean)
         if image_grid_pinpoints is not None:
-            visual_tokens.check_pinpoints(image_grid_pinpoints, crop_size.height)
+            check_pinpoints(image_grid_pinpoints, crop_size.height)
 
         def finish(view: Any) -> Any:
             if do_resize:
@@ -155,7 +155,7 @@ class _Views:
     def _tiles(self, image: Any, image_grid_pinpoints: list | tuple, tile: int, resample: Any) -> list:
         """The tiles of the picture in reading order, after it is fitted into its resolution."""
         height, width = image.shape[-2:]
-        target_height, target_width = visual_tokens.select_resolution((height, width), image_grid_pinpoints)
+        target_height, target_width = select_resolution((height, width), image_grid_pinpoints)
         scale_height, scale_width = target_height / height, target_width / width
         if scale_width < scale_height:
             fitted = SizeDict(height=min(math.ceil(height * scale_width), target_height), width=target_width)

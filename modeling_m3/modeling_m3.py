@@ -33,8 +33,16 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
 
-from . import visual_tokens
 from .configuration_m3 import M3LlavaConfig
+from .visual_tokens import (
+    SAMPLINGS,
+    check_choice,
+    check_num_visual_tokens,
+    merge_tiles,
+    num_tiles,
+    pool_tiles,
+    tile_grid,
+)
 
 
 # What describes images among the model's inputs. `generate` needs them for the first step only.
@@ -187,11 +195,11 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         """
         config = self.config
         sampling = visual_token_sampling or config.visual_token_sampling
-        visual_tokens.check_choice("visual_token_sampling", sampling, visual_tokens.SAMPLINGS)
+        check_choice("visual_token_sampling", sampling, SAMPLINGS)
         sizes = _as_list(image_sizes)
         tiles, grids = self._tiles(pixel_values, sizes, image_grid_pinpoints, _as_list(image_tile_grids))
         scales = _as_list(num_visual_tokens)
-        scales = visual_tokens.check_num_visual_tokens(scales, config.visual_token_scales, len(tiles))
+        scales = check_num_visual_tokens(scales, config.visual_token_scales, len(tiles))
 
         outputs = self.vision_tower(torch.cat(tiles), **kwargs)
         features = outputs.last_hidden_state
@@ -201,12 +209,10 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         image_features = []
         for index, image in enumerate(features.split([len(image) for image in tiles])):
             if not keeps_class_token:
-                image = visual_tokens.pool_tiles(image, scales[index], sampling)
+                image = pool_tiles(image, scales[index], sampling)
             newline = None if self.image_newline is None else self.image_newline.to(image.device, image.dtype)
             size = None if sizes is None else sizes[index]
-            image_features.append(
-                visual_tokens.merge_tiles(image, grids[index], size, config.patch_merge_type, newline)
-            )
+            image_features.append(merge_tiles(image, grids[index], size, config.patch_merge_type, newline))
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=image_features,
@@ -240,9 +246,9 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
                     "where the configuration has none."
                 )
             tile_size = self.config.vision_config.image_size
-            image_tile_grids = [visual_tokens.tile_grid(size, pinpoints, tile_size) for size in image_sizes]
+            image_tile_grids = [tile_grid(size, pinpoints, tile_size) for size in image_sizes]
         grids = [tuple(grid) for grid in image_tile_grids]
-        counts = [visual_tokens.num_tiles(grid) for grid in grids]
+        counts = [num_tiles(grid) for grid in grids]
         if len(counts) != len(images) or any(len(image) < count for image, count in zip(images, counts)):
             raise ValueError(
                 f"pixel_values hold {[len(image) for image in images]} tiles, but image_sizes and the grid pinpoints say "

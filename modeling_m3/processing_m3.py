@@ -18,7 +18,16 @@ from typing import Any
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from . import image_processing_m3, visual_tokens
+from .visual_tokens import (
+    MERGE_TYPES,
+    SELECT_STRATEGIES,
+    check_choice,
+    check_num_visual_tokens,
+    check_scales,
+    count_visual_tokens,
+    default_scales,
+    tile_grid,
+)
 
 
 class M3LlavaImagesKwargs(ImagesKwargs, total=False):
@@ -78,16 +87,14 @@ class M3LlavaProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         if not isinstance(patch_size, int) or patch_size < 1:
             raise ValueError(f"patch_size={patch_size!r} must be the side of the vision tower's patches in pixels.")
-        visual_tokens.check_choice("patch_merge_type", patch_merge_type, visual_tokens.MERGE_TYPES)
-        visual_tokens.check_choice(
-            "vision_feature_select_strategy", vision_feature_select_strategy, visual_tokens.SELECT_STRATEGIES
-        )
+        check_choice("patch_merge_type", patch_merge_type, MERGE_TYPES)
+        check_choice("vision_feature_select_strategy", vision_feature_select_strategy, SELECT_STRATEGIES)
         side = image_processor.tile_size // patch_size
         keeps_class_token = vision_feature_select_strategy == "full"
         if visual_token_scales is None:
-            visual_token_scales = [side * side] if keeps_class_token else visual_tokens.default_scales(side)
-        visual_tokens.check_scales(visual_token_scales, side)
-        visual_tokens.check_num_visual_tokens(num_visual_tokens, visual_token_scales, num_images=1)
+            visual_token_scales = [side * side] if keeps_class_token else default_scales(side)
+        check_scales(visual_token_scales, side)
+        check_num_visual_tokens(num_visual_tokens, visual_token_scales, num_images=1)
 
         self.patch_size = patch_size
         self.visual_token_scales = visual_token_scales
@@ -185,21 +192,18 @@ class M3LlavaProcessor(ProcessorMixin):
     def _budgets(self, num_visual_tokens: int | list[int] | None, num_images: int) -> list[int]:
         if num_visual_tokens is None:
             num_visual_tokens = self.num_visual_tokens
-        return visual_tokens.check_num_visual_tokens(num_visual_tokens, self.visual_token_scales, num_images)
+        return check_num_visual_tokens(num_visual_tokens, self.visual_token_scales, num_images)
 
     def _grid(self, size: tuple[int, int], image_grid_pinpoints: list | None) -> tuple[int, int] | None:
         pinpoints = self.image_processor.image_grid_pinpoints if image_grid_pinpoints is None else image_grid_pinpoints
         if pinpoints is None:
             return None
-        return visual_tokens.tile_grid(tuple(int(edge) for edge in size), pinpoints, self.image_processor.tile_size)
+        return tile_grid(tuple(int(edge) for edge in size), pinpoints, self.image_processor.tile_size)
 
     def _count(self, scale: int, size: tuple[int, int] | None, image_grid_pinpoints: list | None) -> int:
         class_tokens = int(self.vision_feature_select_strategy == "full")
         grid = self._grid(size, image_grid_pinpoints)
-        return visual_tokens.count_visual_tokens(scale, grid, size, self.patch_merge_type, class_tokens)
+        return count_visual_tokens(scale, grid, size, self.patch_merge_type, class_tokens)
 
-
-# Named here so that saving a processor finds the file of its image processor.
-M3LlavaImageProcessor = image_processing_m3.M3LlavaImageProcessor
 
 __all__ = ["M3LlavaProcessor"]

@@ -1,0 +1,141 @@
+"""`m3-ask IMAGE "PROMPT"`: asks an M3 checkpoint about a picture, at one number of visual tokens or at all of them.
+
+Not part of a checkpoint: no file that travels with one imports this.
+"""
+
+import json
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
+from transformers.utils import logging
+
+import modeling_m3
+
+
+class _Answer(TextStreamer):
+    """Prints an answer as it comes, or keeps it to itself, and notes when its first token came."""
+
+    def __init__(self, processor: modeling_m3.M3LlavaProcessor, show: bool):
+        super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.show, self.text, self.first_token_at = show, "", None
+
+    def put(self, value: torch.Tensor) -> None:
+        is_prompt = self.next_tokens_are_prompt
+        super().put(value)
+        if not is_prompt and self.first_token_at is None:
+            self.first_token_at = time.perf_counter()
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        if self.show:
+            print(text, end="\n" if stream_end else "", flush=True)
+
+
+def ask(
+    image: Annotated[Path, typer.Argument(help="The picture.")],
+    prompt: Annotated[str, typer.Argument(help="What to ask about it.")],
+    model: Annotated[str, typer.Option(help="An M3 checkpoint: a folder, or an id on the Hub.")],
+    num_visual_tokens: Annotated[
+        int | None,
+        typer.Option(help="Visual tokens the picture may cost, per tile. The checkpoint's default if left out."),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer at every scale of the checkpoint.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the answer, in tokens, at most.")] = 256,
+    device: Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, ... The GPU if there is one.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> None:
+    """Answers a question about a picture, at the number of visual tokens you choose."""
+    try:
+        _ask(image, prompt, model, num_visual_tokens, compare, max_new_tokens, device)
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"m3-ask: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+def _ask(
+    image: Path,
+    prompt: str,
+    model_name: str,
+    num_visual_tokens: int | None,
+    compare: bool,
+    max_new_tokens: int,
+    device: str | None,
+) -> None:
+    picture = _open_picture(image)
+    _check_checkpoint(model_name)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    processor = AutoProcessor.from_pretrained(model_name)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+
+    def prepare(scale: int | None) -> Any:
+        return processor(images=picture, text=text, num_visual_tokens=scale, return_tensors="pt")
+
+    inputs = prepare(num_visual_tokens)  # refuses a wrong number before the weights are loaded
+    model = AutoModelForImageTextToText.from_pretrained(model_name, dtype="auto")
+    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+    def answer(inputs: Any, show: bool, max_new_tokens: int = max_new_tokens) -> tuple[_Answer, float, float]:
+        streamer, start = _Answer(processor, show), time.perf_counter()
+        model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, streamer=streamer)
+        return streamer, streamer.first_token_at - start, time.perf_counter() - start
+
+    if not compare:
+        answer(inputs, show=True)
+        return
+    answer(
+        prepare(min(processor.visual_token_scales)), show=False, max_new_tokens=1
+    )  # warm up: the first call is slower
+    print("visual tokens  first token   total  answer")
+    for scale in sorted(processor.visual_token_scales):
+        inputs = prepare(scale)
+        tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
+        streamer, first, total = answer(inputs, show=False)
+        row = f"{tokens:>13}  {first:>9.2f} s  {total:>4.2f} s  "
+        print(row + textwrap.fill(" ".join(streamer.text.split()), 80).replace("\n", "\n" + " " * len(row)))
+
+
+def _open_picture(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise ValueError(f"There is no picture at {path}.")
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"Cannot read {path} as a picture: {error}. Is the file complete?") from error
+
+
+def _check_checkpoint(name: str) -> None:
+    """Says what a folder is that this command cannot use. Anything that is not a folder may be an id on the Hub."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+            raise ValueError(f"There is no folder {name}.")
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{name} is not a checkpoint: it has no config.json.")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") != modeling_m3.M3LlavaConfig.model_type:
+        hint = ""
+        if "mm_vision_tower" in config:
+            hint = (
+                f" It is an original LLaVA checkpoint; convert it first: python -m conversion {name} {folder.name}-hf"
+            )
+        raise ValueError(f"{name} is not an M3 checkpoint: its model_type is {config.get('model_type')!r}.{hint}")
+
+
+def main() -> None:
+    typer.run(ask)
+
+
+if __name__ == "__main__":
+    main()

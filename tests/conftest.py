@@ -1,0 +1,103 @@
+"""What the tests share: the goldens, folders converted from them, and a model small enough to build in a blink."""
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+GOLDENS = Path(__file__).parent / "fixtures" / "goldens"
+CHECKPOINTS = ("llava15-m3", "llava-next-m3")
+
+
+@cache
+def golden(name: str) -> dict[str, Any]:
+    """A JSON file of the goldens' `expected` folder."""
+    return json.loads((GOLDENS / "expected" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@cache
+def golden_tensors(name: str) -> dict[str, torch.Tensor]:
+    return load_file(GOLDENS / "expected" / f"{name}.safetensors")
+
+
+def picture(name: str) -> Image.Image:
+    return Image.open(GOLDENS / "images" / name)
+
+
+def golden_cases(*prefixes: str) -> list:
+    """(checkpoint, case) parameters: the cases whose id starts so, or all that are not cut short by the original."""
+    return [
+        pytest.param(checkpoint, case, id=f"{checkpoint}-{case['id']}")
+        for checkpoint in CHECKPOINTS
+        for case in golden(checkpoint)["cases"]
+        if (case["id"].startswith(prefixes) if prefixes else not case["id"].startswith("trunc"))
+    ]
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The golden checkpoints, converted once for all tests. Read-only by agreement."""
+    from conversion.convert import convert
+
+    folder = tmp_path_factory.mktemp("converted")
+    for name in CHECKPOINTS:
+        convert(GOLDENS / name, folder / name)
+    return {name: folder / name for name in CHECKPOINTS}
+
+
+@pytest.fixture(scope="session")
+def loaded(converted: dict[str, Path]) -> dict[str, tuple]:
+    """(model, processor) of every golden checkpoint, float32, eager attention as in the goldens, PIL backend."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import modeling_m3  # noqa: F401 - registers the classes
+
+    return {
+        name: (
+            AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval(),
+            AutoProcessor.from_pretrained(folder, backend="pil"),
+        )
+        for name, folder in converted.items()
+    }
+
+
+def tiny_config(**overrides: Any):
+    """A model with a 12x12 grid of patches and pictures of 24x24 pixels, a few thousand parameters."""
+    from modeling_m3 import M3LlavaConfig
+
+    settings = {
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": 24,
+            "patch_size": 2,
+        },
+        "text_config": {
+            "vocab_size": 99,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "initializer_range": 0.2,
+        },
+        "image_token_id": 98,
+    }
+    for name, value in overrides.items():
+        settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
+    return M3LlavaConfig(**settings)

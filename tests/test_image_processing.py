@@ -1,0 +1,127 @@
+"""Pictures to pixel values: equal to the original with PIL, close with torchvision, and odd pictures accepted."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHECKPOINTS, GOLDENS, golden, picture
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+from transformers.utils import is_torchvision_available
+
+from modeling_m3 import M3LlavaImageProcessor, M3LlavaImageProcessorPil
+
+
+PINPOINTS = [[672, 336], [336, 672], [672, 672], [336, 1008], [1008, 336]]
+SETTINGS = {"llava15-m3": {"do_pad": True}, "llava-next-m3": {"do_pad": False, "image_grid_pinpoints": PINPOINTS}}
+needs_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_pixels_equal_the_original_to_the_last_bit(name):
+    image_processor = M3LlavaImageProcessorPil(**SETTINGS[name])
+    for case in golden(f"{name}.pixels")["cases"]:
+        inputs = image_processor(picture(case["image_file"]), return_tensors="np")
+        pixel_values = inputs["pixel_values"][0]
+        assert list(pixel_values.shape) == case["shape"]
+        assert pixel_values.dtype == np.float32
+        assert hashlib.sha256(np.ascontiguousarray(pixel_values).tobytes()).hexdigest() == case["sha256_f32"]
+
+
+@needs_torchvision
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_torchvision_is_close_before_normalization(name):
+    settings = {**SETTINGS[name], "do_rescale": False, "do_normalize": False}
+    for case in golden(f"{name}.pixels")["cases"]:
+        image = picture(case["image_file"])
+        expected = M3LlavaImageProcessorPil(**settings)(image, return_tensors="pt")["pixel_values"]
+        actual = M3LlavaImageProcessor(**settings)(image, return_tensors="pt")["pixel_values"]
+        assert (actual.int() - expected.int()).abs().max() <= 2
+
+
+def test_without_padding_it_is_clips_own_preprocessing():
+    image = picture("img3_1000x300.png")
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=336)
+    ours = M3LlavaImageProcessorPil(do_pad=False)
+    assert np.array_equal(ours(image)["pixel_values"][0], clip(image)["pixel_values"][0])
+
+
+def test_bytes_that_are_looked_up_equal_pixels_that_are_computed():
+    image = np.array(picture("img5_97x53.png").resize((336, 336)))
+    looked_up = M3LlavaImageProcessorPil()(image)["pixel_values"][0]
+    computed = M3LlavaImageProcessorPil()(image.astype(np.float32), do_resize=False)["pixel_values"][0]
+    assert np.array_equal(looked_up, computed)
+
+
+def test_images_of_a_batch_are_padded_with_empty_tiles():
+    image_processor = M3LlavaImageProcessorPil(**SETTINGS["llava-next-m3"])
+    wide, square = picture("img3_1000x300.png"), picture("img1_640x480.png")
+    together = image_processor([wide, square], return_tensors="pt")
+    assert together["pixel_values"].shape == (2, 5, 3, 336, 336)
+    assert together["image_sizes"].tolist() == [[300, 1000], [480, 640]]
+    assert torch.equal(together["pixel_values"][0, :4], image_processor(wide, return_tensors="pt")["pixel_values"][0])
+    assert not together["pixel_values"][0, 4].any()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 1000), (5000, 7)])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_extreme_sizes(name, size):
+    pixel_values = M3LlavaImageProcessorPil(**SETTINGS[name])(Image.new("RGB", size, "red"), return_tensors="pt")
+    assert pixel_values["pixel_values"].shape[-3:] == (3, 336, 336)
+
+
+def odd_picture(kind: str, folder: Path) -> Image.Image:
+    image = picture("img5_97x53.png")
+    if kind == "16 bit":
+        return Image.fromarray((np.arange(53 * 97, dtype=np.uint16) * 12).reshape(53, 97))
+    if kind == "EXIF-rotated":
+        exif = Image.Exif()
+        exif[0x0112] = 6  # orientation: rotate by 90 degrees to see it upright
+        image.save(folder / "rotated.jpg", exif=exif)
+        return Image.open(folder / "rotated.jpg")
+    if kind == "transparent":
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        return image
+    return image.convert(kind)
+
+
+@pytest.mark.parametrize("kind", ["CMYK", "P", "L", "1", "transparent", "16 bit", "EXIF-rotated"])
+@pytest.mark.parametrize("backend", [M3LlavaImageProcessorPil, pytest.param(M3LlavaImageProcessor, marks=needs_torchvision)])
+def test_odd_pictures_are_converted_as_the_original_converts_them(kind, backend, tmp_path):
+    # The original opens every picture with `Image.open(...).convert("RGB")`.
+    odd = odd_picture(kind, tmp_path)
+    expected = M3LlavaImageProcessorPil()(odd.convert("RGB"))["pixel_values"][0]
+    actual = np.asarray(backend()(odd_picture(kind, tmp_path))["pixel_values"][0])
+    assert np.abs(actual - expected).max() <= (0 if backend is M3LlavaImageProcessorPil else 2 / 255 / 0.26)
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    file = tmp_path / "half.png"
+    file.write_bytes((GOLDENS / "images" / "img1_640x480.png").read_bytes()[:50_000])
+    with pytest.raises(ValueError, match=r"half\.png.*complete"):
+        M3LlavaImageProcessorPil()(Image.open(file))
+
+
+@pytest.mark.parametrize("content", [b"", b"this is no picture"])
+def test_a_file_that_is_no_picture_is_named(tmp_path, content):
+    file = tmp_path / "nothing.png"
+    file.write_bytes(content)
+    image_processor = M3LlavaImageProcessorPil()
+    with pytest.raises(OSError, match=r"nothing\.png"):
+        image_processor(image_processor.fetch_images(str(file)))
+
+
+def test_pinpoints_that_are_not_whole_tiles_are_refused():
+    with pytest.raises(ValueError, match=r"holds \[336, 500\]"):
+        M3LlavaImageProcessorPil(image_grid_pinpoints=[[336, 500]])
+    with pytest.raises(ValueError, match=r"holds \[336, 500\]"):
+        M3LlavaImageProcessorPil()(picture("img5_97x53.png"), image_grid_pinpoints=[[336, 500]])
+
+
+def test_pinpoints_of_one_call_leave_the_next_alone():
+    image_processor = M3LlavaImageProcessorPil()
+    image = picture("img5_97x53.png")
+    assert image_processor(image, image_grid_pinpoints=[[1008, 1008]])["pixel_values"][0].shape[0] == 10
+    assert image_processor(image)["pixel_values"][0].shape == (3, 336, 336)

@@ -284,7 +284,7 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
                 mask.sum() == len(image_features),
                 lambda: (
                     f"The prompt has {mask.sum()} placeholders for {len(image_features)} visual tokens. Pass all that the "
-                    "processor returned, num_visual_tokens and image_sizes included."
+                    "processor returned, num_visual_tokens, image_sizes and image_tile_grids included."
                 ),
             )
         return mask

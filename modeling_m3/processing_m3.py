@@ -133,25 +133,24 @@ class M3LlavaProcessor(ProcessorMixin):
 
     def validate_inputs(self, images: ImageInput | None = None, text: Any = None, **kwargs: Any) -> None:
         """Checks what a caller passed before transformers' own type checks, whose messages name no allowed value."""
-        super().validate_inputs(images=images, text=text, **kwargs)
         num_images = 0 if images is None else len(make_flat_list_of_images(images))
         self._budgets(
             kwargs.get("num_visual_tokens", kwargs.get("images_kwargs", {}).get("num_visual_tokens")), num_images
         )
-        if text is None:
-            return
-        marks = [prompt.count(self.image_token) for prompt in ([text] if isinstance(text, str) else text)]
-        if sum(marks) != num_images:
-            raise ValueError(
-                f"The text has {sum(marks)} {self.image_token} mark(s) for {num_images} image(s). Write one "
-                f"{self.image_token} in the prompt for each image."
-            )
-        nested = isinstance(images, (list, tuple)) and images and isinstance(images[0], (list, tuple))
-        if nested and [len(group) for group in images] != marks:
-            raise ValueError(
-                f"The prompts have {marks} {self.image_token} mark(s), but the lists of images have "
-                f"{[len(group) for group in images]} entries. Give every prompt its own images."
-            )
+        if text is not None:
+            marks = [prompt.count(self.image_token) for prompt in ([text] if isinstance(text, str) else text)]
+            if sum(marks) != num_images:
+                raise ValueError(
+                    f"The text has {sum(marks)} {self.image_token} mark(s) for {num_images} image(s). Write one "
+                    f"{self.image_token} in the prompt for each image."
+                )
+            nested = isinstance(images, (list, tuple)) and images and isinstance(images[0], (list, tuple))
+            if nested and [len(group) for group in images] != marks:
+                raise ValueError(
+                    f"The prompts have {marks} {self.image_token} mark(s), but the lists of images have "
+                    f"{[len(group) for group in images]} entries. Give every prompt its own images."
+                )
+        super().validate_inputs(images=images, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The placeholders of one image."""
@@ -168,6 +167,8 @@ class M3LlavaProcessor(ProcessorMixin):
         self, images: ImageInput, num_visual_tokens: int | list[int] | None = None, **kwargs: Any
     ) -> tuple[dict, list[str]]:
         budgets = self._budgets(num_visual_tokens, len(make_flat_list_of_images(images)))
+        if kwargs.get("image_grid_pinpoints") is None:  # to the image processor, None is a value of its own
+            kwargs.pop("image_grid_pinpoints", None)
         image_inputs = self.image_processor(images, **kwargs)
         image_inputs["num_visual_tokens"] = budgets
         pinpoints = kwargs.get("image_grid_pinpoints")

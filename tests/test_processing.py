@@ -1,0 +1,247 @@
+"""The processor: placeholders, budgets that do not leak, bad input refused before it reaches a model."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import picture, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from modeling_m3 import M3LlavaImageProcessorPil, M3LlavaModel, M3LlavaProcessor
+from modeling_m3.visual_tokens import MERGE_TYPES
+
+
+PROMPT = "USER: <image>\nWhat is this? ASSISTANT:"
+OFFERED = r"\[1, 9, 36, 144, 576\]"
+
+
+def count(inputs, processor):
+    return (inputs["input_ids"] == processor.image_token_id).sum(1).tolist()
+
+
+def word_tokenizer():
+    vocabulary = {"<pad>": 0, "<image>": 98, "look": 1, ".": 2}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="."))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token=".")
+    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return fast
+
+
+def tiny_processor(patch_merge_type="flat", pinpoints=None):
+    image_processor = M3LlavaImageProcessorPil(
+        size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}, image_grid_pinpoints=pinpoints
+    )
+    return M3LlavaProcessor(image_processor, word_tokenizer(), patch_size=2, patch_merge_type=patch_merge_type)
+
+
+PINPOINTS = [[24, 48], [48, 24], [48, 48], [24, 72], [72, 24], [72, 72]]
+MODELS = {
+    merge_type: M3LlavaModel(tiny_config(patch_merge_type=merge_type, image_grid_pinpoints=PINPOINTS)).eval()
+    for merge_type in MERGE_TYPES
+}
+MODELS["one view"] = M3LlavaModel(tiny_config()).eval()
+
+
+@settings(max_examples=2000, deadline=None)
+@given(
+    size=st.one_of(
+        st.tuples(st.integers(1, 200), st.integers(1, 200)), st.sampled_from([(1, 1000), (1000, 1), (5000, 7), (7, 5000)])
+    ),
+    scale=st.sampled_from([1, 9, 36, 144]),
+    kind=st.sampled_from(list(MODELS)),
+    pinpoints=st.one_of(st.none(), st.lists(st.sampled_from(PINPOINTS), min_size=1, unique_by=tuple)),
+)
+def test_placeholders_equal_features_for_every_picture(size, scale, kind, pinpoints):
+    processor = tiny_processor("flat" if kind == "one view" else kind, None if kind == "one view" else PINPOINTS)
+    inputs = processor(
+        images=Image.new("RGB", size[::-1]),
+        text="look <image> .",
+        num_visual_tokens=scale,
+        image_grid_pinpoints=pinpoints,
+        return_tensors="pt",
+    )
+    [placeholders] = count(inputs, processor)
+    assert processor._get_num_multimodal_tokens([size], num_visual_tokens=scale, image_grid_pinpoints=pinpoints)[
+        "num_image_tokens"
+    ] == [placeholders]
+    inputs.pop("input_ids"), inputs.pop("attention_mask")
+    if "token_type_ids" in inputs:
+        inputs.pop("token_type_ids")
+    with torch.no_grad():
+        [features] = MODELS[kind].get_image_features(**inputs).pooler_output
+    assert len(features) == placeholders
+
+
+def test_outputs(loaded):
+    _, processor = loaded["llava15-m3"]
+    image = picture("photo_400x266.png")
+    inputs = processor(images=image, text=PROMPT, num_visual_tokens=36, return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "num_visual_tokens"}
+    assert inputs["num_visual_tokens"].dtype == torch.int64
+    assert inputs["num_visual_tokens"].tolist() == [36]
+    assert count(inputs, processor) == [36]
+
+    _, processor = loaded["llava-next-m3"]
+    inputs = processor(images=[image, image], text=[PROMPT, PROMPT], num_visual_tokens=[1, 9], return_tensors="pt", padding=True)
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "image_sizes", "num_visual_tokens"}
+    assert inputs["num_visual_tokens"].tolist() == [1, 9]
+    assert inputs["image_sizes"].tolist() == [[266, 400]] * 2
+
+
+def test_text_alone_and_images_alone(loaded):
+    _, processor = loaded["llava15-m3"]
+    assert set(processor(text="USER: Hello ASSISTANT:", return_tensors="pt")) == {"input_ids", "attention_mask"}
+    only_images = processor(images=picture("photo_400x266.png"), num_visual_tokens=9, return_tensors="pt")
+    assert set(only_images) == {"pixel_values", "num_visual_tokens"}
+
+
+def test_the_budget_of_one_call_leaves_the_next_alone(loaded):
+    _, processor = loaded["llava15-m3"]
+    image = picture("photo_400x266.png")
+
+    def placeholders(**kwargs):
+        return count(processor(images=image, text=PROMPT, return_tensors="pt", **kwargs), processor)
+
+    assert placeholders(num_visual_tokens=9) == [9]
+    assert placeholders() == [576]
+    images_kwargs = {"num_visual_tokens": 36}
+    assert placeholders(images_kwargs=images_kwargs) == [36]
+    assert images_kwargs == {"num_visual_tokens": 36}, "the caller's dict is the caller's"
+    assert placeholders(images_kwargs=images_kwargs) == [36]
+    assert placeholders() == [576]
+
+
+def test_threads_get_their_own_budgets(loaded):
+    _, processor = loaded["llava15-m3"]
+    image = picture("img5_97x53.png").convert("RGB")  # loaded: PIL's lazy loading is not for threads
+    budgets = [1, 9, 36, 144] * 8
+
+    def placeholders(budget):
+        inputs = processor(images=image, text=PROMPT, num_visual_tokens=budget, return_tensors="pt")
+        return count(inputs, processor)[0], inputs["num_visual_tokens"].item()
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(placeholders, budgets)) == [(budget, budget) for budget in budgets]
+
+
+def test_the_default_budget_is_the_checkpoints(loaded, tmp_path):
+    _, processor = loaded["llava15-m3"]
+    thrifty = copy.copy(processor)
+    thrifty.num_visual_tokens = 36
+    thrifty.save_pretrained(tmp_path)
+    reloaded = M3LlavaProcessor.from_pretrained(tmp_path)
+    inputs = reloaded(images=picture("img5_97x53.png"), text=PROMPT, return_tensors="pt")
+    assert inputs["num_visual_tokens"].tolist() == [36]
+    assert reloaded.chat_template == processor.chat_template
+    assert reloaded.visual_token_scales == processor.visual_token_scales
+
+
+@pytest.mark.parametrize("budget", [100, 0, -1, "abc", "36", 36.5, 36.0, True, [36, 36], [], [[36]], torch.tensor(36)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_wrong_budget_is_refused(budget, nested, loaded):
+    _, processor = loaded["llava15-m3"]
+    kwargs = {"num_visual_tokens": budget}
+    with pytest.raises(ValueError, match=rf"num_visual_tokens=.*({OFFERED}|reading order)"):
+        processor(
+            images=picture("img5_97x53.png"),
+            text=PROMPT,
+            return_tensors="pt",
+            **({"images_kwargs": kwargs} if nested else kwargs),
+        )
+
+
+def test_serving_engines_are_refused_a_wrong_budget_too(loaded):
+    _, processor = loaded["llava15-m3"]
+    with pytest.raises(ValueError, match=OFFERED):
+        processor._get_num_multimodal_tokens([(336, 336)], num_visual_tokens=100)
+
+
+@pytest.mark.parametrize(("images", "text", "message"), [
+    (1, "USER: <image><image> ASSISTANT:", r"2 <image> mark\(s\) for 1 image"),
+    (2, PROMPT, r"1 <image> mark\(s\) for 2 image"),
+    (1, "USER: no mark ASSISTANT:", r"0 <image> mark\(s\) for 1 image"),
+    (0, PROMPT, r"1 <image> mark\(s\) for 0 image"),
+])  # fmt: skip
+def test_marks_and_images_must_agree(images, text, message, loaded):
+    _, processor = loaded["llava15-m3"]
+    with pytest.raises(ValueError, match=message):
+        processor(images=[picture("img5_97x53.png")] * images or None, text=text, return_tensors="pt")
+
+
+def test_every_prompt_of_a_batch_must_have_its_own_images(loaded):
+    _, processor = loaded["llava15-m3"]
+    image, texts = picture("img5_97x53.png"), ["<image><image> a", "<image> b"]
+    with pytest.raises(ValueError, match=r"\[2, 1\].*\[1, 2\]"):
+        processor(images=[[image], [image, image]], text=texts, padding=True)
+    assert processor(images=[[image, image], [image]], text=texts, padding=True, num_visual_tokens=1)
+
+
+def test_truncation_may_cut_text_but_no_image(loaded):
+    _, processor = loaded["llava15-m3"]
+    inputs = {"images": picture("img5_97x53.png"), "text": "<image>" + "word " * 50, "truncation": True}
+    assert len(processor(**inputs, max_length=600)["input_ids"][0]) == 600
+    for max_length in (10, 576):
+        with pytest.raises(ValueError, match="max_length"):
+            processor(**inputs, max_length=max_length)
+
+
+def test_pinpoints_can_be_given_per_call(loaded):
+    # Paper table 5: a model trained on 2x2 grids answers on a 3x3 grid at 144 tokens per tile.
+    model, processor = loaded["llava-next-m3"]
+    inputs = processor(
+        images=Image.new("RGB", (900, 900)),
+        text=PROMPT,
+        num_visual_tokens=144,
+        image_grid_pinpoints=[[1008, 1008]],
+        return_tensors="pt",
+    )
+    assert inputs["pixel_values"].shape[1] == 10
+    assert count(inputs, processor) == [144 + 36 * 37]
+    with torch.no_grad():
+        assert model(**inputs).logits.isfinite().all()
+    inputs.pop("image_tile_grids")
+    with torch.no_grad():
+        model(**inputs, image_grid_pinpoints=[[1008, 1008]])
+        with pytest.raises(ValueError, match="image_tile_grids"):
+            model(**inputs)
+
+
+def test_a_saved_processor_without_a_patch_size_is_refused():
+    with pytest.raises(ValueError, match="patch_size=None"):
+        M3LlavaProcessor(M3LlavaImageProcessorPil(), word_tokenizer(), patch_size=None)
+
+
+def test_chat(loaded):
+    _, processor = loaded["llava15-m3"]
+    image = picture("img5_97x53.png")
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A shape."}]},
+        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "And this?"}]},
+    ]
+    inputs = processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"num_visual_tokens": [144, 1]},
+    )
+    assert inputs["num_visual_tokens"].tolist() == [144, 1]
+    assert count(inputs, processor) == [145]
+    assert (inputs["input_ids"] == processor.tokenizer.bos_token_id).sum() == 1
+
+
+def test_an_engine_can_ask_for_the_offsets_of_replacements(loaded):
+    _, processor = loaded["llava15-m3"]
+    inputs = processor(
+        images=picture("img5_97x53.png"), text=PROMPT, num_visual_tokens=9, return_text_replacement_offsets=True
+    )
+    [[offsets]] = inputs["text_replacement_offsets"]
+    assert offsets["replacement"] == "<image>" * 9

@@ -459,14 +459,19 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(
-        self, *args: Any, is_first_iteration: bool = False, **kwargs: Any
+        self,
+        input_ids: torch.LongTensor,
+        inputs_embeds: torch.FloatTensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         # Images enter the cache in the first step. transformers drops the inputs it knows by name, not all of ours.
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs = {
-                name: value for name, value in inputs.items() if name not in (*IMAGE_INPUTS, "mm_encoder_outputs")
-            }
+            for name in (*IMAGE_INPUTS, "mm_encoder_outputs"):
+                inputs.pop(name, None)
         return inputs
 
     def _expand_inputs_for_generation(

@@ -1,0 +1,209 @@
+"""`generate` in all its modes: mixed budgets, left padding, beams, several answers, caches, streaming, encoded images."""
+
+import pytest
+import torch
+from test_modeling import ANYRES, tiny_inputs, tiny_model
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+
+
+def left_padded(batch):
+    """One batch of several single prompts, padded on the left."""
+    longest = max(inputs["input_ids"].shape[1] for inputs in batch)
+
+    def pad(name):
+        rows = [torch.nn.functional.pad(inputs[name], (longest - inputs[name].shape[1], 0)) for inputs in batch]
+        return torch.cat(rows)
+
+    return {
+        "input_ids": pad("input_ids"),
+        "attention_mask": pad("attention_mask"),
+        "pixel_values": torch.cat([inputs["pixel_values"] for inputs in batch]),
+        "num_visual_tokens": torch.cat([inputs["num_visual_tokens"] for inputs in batch]),
+    }
+
+
+def answer(model, inputs, **kwargs):
+    return model.generate(**inputs, **{**GREEDY, **kwargs})[:, inputs["input_ids"].shape[1] :]
+
+
+def test_a_left_padded_batch_of_all_budgets_answers_as_single_calls():
+    model = tiny_model()
+    batch = [tiny_inputs(model, scales=(scale,)) for scale in (1, 9, 36, 144)]
+    single = torch.cat([answer(model, inputs) for inputs in batch])
+    assert torch.equal(answer(model, left_padded(batch)), single)
+    assert len({tuple(row) for row in single.tolist()}) > 1, "the budgets must matter for this to show anything"
+
+
+def test_the_converted_checkpoint_answers_a_batch_of_five_budgets_as_five_calls(loaded):
+    from conftest import picture
+
+    model, processor = loaded["llava15-m3"]
+    prompt, images = "USER: <image>\nWhat is this? ASSISTANT:", [picture("img1_640x480.png").convert("RGB")] * 5
+    budgets = [1, 9, 36, 144, 576]
+    single = []
+    for image, budget in zip(images, budgets):
+        inputs = processor(images=image, text=prompt, num_visual_tokens=budget, return_tensors="pt")
+        single.append(answer(model, inputs).tolist()[0])
+    inputs = processor(images=images, text=[prompt] * 5, num_visual_tokens=budgets, padding=True, return_tensors="pt")
+    assert answer(model, inputs).tolist() == single
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_equals_a_loop_of_forward_calls(use_cache):
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        for _ in range(8):
+            mask = torch.ones_like(ids)
+            ids = torch.cat([ids, model(**{**inputs, "input_ids": ids, "attention_mask": mask}).logits[:, -1:].argmax(-1)], 1)
+    expected = ids[:, inputs["input_ids"].shape[1] :]
+    generated = answer(model, inputs, use_cache=use_cache, eos_token_id=None)
+    assert torch.equal(generated, expected)
+
+
+def test_images_enter_in_the_first_step_only():
+    model = tiny_model()
+    calls = []
+    model.model.vision_tower.register_forward_hook(lambda *args: calls.append(1))
+    answer(model, tiny_inputs(model), eos_token_id=None)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_beams_of_a_batch_with_two_images_per_prompt_equal_single_calls(kwargs):
+    model = tiny_model()
+    together = tiny_inputs(model, scales=(9, 36), prompts=2)
+    kwargs = {**kwargs, "eos_token_id": None}
+    single = []
+    for row in range(2):
+        images = slice(2 * row, 2 * row + 2)
+        inputs = {name: together[name][row : row + 1] for name in ("input_ids", "attention_mask")}
+        inputs |= {name: together[name][images] for name in ("pixel_values", "num_visual_tokens")}
+        single.append(answer(model, inputs, **kwargs))
+    assert torch.equal(answer(model, together, **kwargs), torch.cat(single))
+
+
+def test_several_answers_see_the_images_in_their_order():
+    # Sampling with one token to choose from is greedy: every answer must equal the greedy one.
+    model = tiny_model()
+    inputs = tiny_inputs(model, scales=(9, 36), prompts=2)
+    greedy = answer(model, inputs, eos_token_id=None)
+    several = answer(model, inputs, eos_token_id=None, do_sample=True, top_k=1, num_return_sequences=3)
+    assert torch.equal(several, greedy.repeat_interleave(3, dim=0))
+
+
+def test_a_batch_with_a_prompt_without_image_and_several_answers():
+    model = tiny_model()
+    with_images = tiny_inputs(model, scales=(9, 36))
+    text = torch.tensor([[1, 5, 6, 7]])
+    text_alone = answer(model, {"input_ids": text, "attention_mask": torch.ones_like(text)}, eos_token_id=None)
+    longest = with_images["input_ids"].shape[1]
+    inputs = {
+        **with_images,
+        "input_ids": torch.cat([torch.nn.functional.pad(text, (longest - 4, 0)), with_images["input_ids"]]),
+        "attention_mask": torch.cat(
+            [torch.nn.functional.pad(torch.ones_like(text), (longest - 4, 0)), with_images["attention_mask"]]
+        ),
+    }
+    several = answer(model, inputs, eos_token_id=None, do_sample=True, top_k=1, num_return_sequences=2)
+    expected = torch.cat([text_alone, answer(model, with_images, eos_token_id=None)]).repeat_interleave(2, dim=0)
+    assert torch.equal(several, expected)
+
+
+def test_embeddings_in_place_of_ids():
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    expected = answer(model, inputs, eos_token_id=None)
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    for kwargs in ({}, {"num_beams": 1, "num_return_sequences": 2, "do_sample": True, "top_k": 1}):
+        generated = model.generate(**inputs, inputs_embeds=embeds, **{**GREEDY, "eos_token_id": None, **kwargs})
+        assert torch.equal(generated, expected.expand(len(generated), -1))
+
+
+def test_tiles_of_another_grid():
+    model = tiny_model(**ANYRES)
+    pixels = {"pixel_values": torch.randn(1, 10, 3, 24, 24), "image_sizes": torch.tensor([[50, 60]])}
+    for chosen in ({"image_grid_pinpoints": [[72, 72]]}, {"image_tile_grids": torch.tensor([[3, 3]])}):
+        tokens = len(model.get_image_features(**pixels, **chosen, num_visual_tokens=9).pooler_output[0])
+        ids = torch.tensor([[1] + [98] * tokens + [4, 5]])
+        inputs = {"input_ids": ids, **pixels, **chosen, "num_visual_tokens": torch.tensor([9])}
+        assert answer(model, inputs, eos_token_id=None).shape == (1, 8)
+        assert answer(model, inputs, eos_token_id=None, num_beams=2).shape == (1, 8)
+
+
+def test_the_sampling_can_be_chosen_per_call():
+    model = tiny_model()
+    inputs = tiny_inputs(model, scales=(9,))
+    spatial = answer(model, inputs, eos_token_id=None, visual_token_sampling="spatial", output_logits=True)
+    assert not torch.equal(spatial, answer(model, inputs, eos_token_id=None, visual_token_sampling="sequential"))
+
+
+def test_a_prompt_without_a_budget_is_answered_at_the_finest_scale():
+    model = tiny_model()
+    inputs = tiny_inputs(model, scales=(144,))
+    expected = answer(model, inputs)
+    inputs.pop("num_visual_tokens")
+    assert torch.equal(answer(model, inputs), expected)
+
+
+def test_a_static_cache_changes_nothing():
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    expected = answer(model, inputs, eos_token_id=None)
+    assert torch.equal(answer(model, inputs, eos_token_id=None, cache_implementation="static", disable_compile=True), expected)
+
+
+def test_a_chat_goes_on_from_its_cache():
+    model = tiny_model()
+    first = tiny_inputs(model, scales=(9,))
+    output = model.generate(**first, **GREEDY, eos_token_id=None, return_dict_in_generate=True)
+    second = torch.cat([output.sequences, torch.tensor([[1] + [98] * 36 + [7, 8]])], dim=1)
+    picture = {"pixel_values": torch.randn(1, 3, 24, 24), "num_visual_tokens": torch.tensor([36])}
+    everything = {name: torch.cat([first[name], picture[name]]) for name in picture}
+    mask = torch.ones_like(second)
+    expected = model.generate(input_ids=second, attention_mask=mask, **everything, **GREEDY, eos_token_id=None)
+    cached = model.generate(
+        input_ids=second,
+        attention_mask=mask,
+        **picture,
+        past_key_values=output.past_key_values,
+        **GREEDY,
+        eos_token_id=None,
+    )
+    assert torch.equal(cached, expected)
+
+
+def test_tokens_are_streamed():
+    class Seen(BaseStreamer):
+        tokens: list = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.tokens.append("end")
+
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    expected = model.generate(**inputs, **GREEDY)[0].tolist()
+    model.generate(**inputs, **GREEDY, streamer=Seen())
+    assert Seen.tokens == [*expected, "end"]
+
+
+def test_a_smaller_model_may_assist():
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    expected = answer(model, inputs, eos_token_id=None)
+    assert torch.equal(answer(model, inputs, eos_token_id=None, assistant_model=tiny_model()), expected)
+
+
+def test_a_generation_configuration_is_taken():
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert model.generate(**inputs, generation_config=config).shape[1] == inputs["input_ids"].shape[1] + 3

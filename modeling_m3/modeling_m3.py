@@ -55,6 +55,23 @@ IMAGE_INPUTS = (
     "image_tile_grids",
 )
 
+IMAGE_ARGUMENTS = r"""
+    pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)` or `(images, tiles, channels, height, width)`, or a list with one tensor per image, *optional*):
+        One view per image, or its tiles, zeros after the last.
+    image_sizes (`torch.LongTensor` of shape `(images, 2)`, *optional*):
+        (height, width) of the original images in pixels. Needed for images that are cut into tiles.
+    num_visual_tokens (`torch.LongTensor` of shape `(images,)`, `list[int]` or `int`, *optional*):
+        Visual tokens per tile, for all images or for each. The finest scale by default.
+    visual_token_sampling (`str`, *optional*):
+        `"average"`, `"spatial"` or `"sequential"`; the configuration's by default.
+    image_grid_pinpoints (`list[list[int]]`, *optional*):
+        (height, width) pairs the tiles were cut from, where they are not the configuration's.
+    image_tile_grids (`torch.LongTensor` of shape `(images, 2)`, *optional*):
+        (rows, columns) of tiles of every image, where the caller knows them.
+    mm_encoder_outputs (`dict`, *optional*):
+        `{"image": get_image_features(...)}`, in place of `pixel_values`.
+"""
+
 
 @auto_docstring
 @dataclass
@@ -162,7 +179,12 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(
+        custom_intro="""
+        The visual tokens of every image: each tile is encoded and projected once, then pooled to its image's scale.
+        """,
+        custom_args=IMAGE_ARGUMENTS,
+    )
     def get_image_features(
         self,
         pixel_values: torch.FloatTensor | list[torch.FloatTensor],
@@ -174,24 +196,11 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         r"""
-        The visual tokens of every image: each tile is encoded and projected once, then pooled to its image's scale.
-
-        pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)` or `(images, tiles, channels, height, width)`, or a list with one tensor per image):
-            One view per image, or its tiles, zeros after the last.
-        image_sizes (`torch.LongTensor` of shape `(images, 2)`, *optional*):
-            (height, width) of the original images in pixels. Needed for images that are cut into tiles.
-        num_visual_tokens (`torch.LongTensor` of shape `(images,)`, `list[int]` or `int`, *optional*):
-            Visual tokens per tile, for all images or for each. The finest scale by default.
-        visual_token_sampling (`str`, *optional*):
-            `"average"`, `"spatial"` or `"sequential"`; the configuration's by default.
-        image_grid_pinpoints (`list[list[int]]`, *optional*):
-            (height, width) pairs the tiles were cut from, where they are not the configuration's.
-        image_tile_grids (`torch.LongTensor` of shape `(images, 2)`, *optional*):
-            (rows, columns) of tiles of every image, where the caller knows them.
-
         Returns `pooler_output`, a list with one tensor of shape (tokens, hidden_size) per image, and
         `last_hidden_state`, the output of the vision tower's selected layer, of shape (all tiles, 1 + patches, vision
-        hidden size). Raises `ValueError` for sizes, grids or numbers of visual tokens that do not fit the pixels.
+        hidden size).
+
+        Raises `ValueError` for sizes, grids or numbers of visual tokens that do not fit the pixels.
         """
         config = self.config
         sampling = visual_token_sampling or config.visual_token_sampling
@@ -290,7 +299,7 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         return mask
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=IMAGE_ARGUMENTS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -307,18 +316,6 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | M3LlavaModelOutputWithPast:
-        r"""
-        num_visual_tokens (`torch.LongTensor` of shape `(images,)`, `list[int]` or `int`, *optional*):
-            Visual tokens per tile, for all images or for each. The finest scale by default.
-        visual_token_sampling (`str`, *optional*):
-            `"average"`, `"spatial"` or `"sequential"`; the configuration's by default.
-        image_grid_pinpoints (`list[list[int]]`, *optional*):
-            (height, width) pairs the tiles were cut from, where they are not the configuration's.
-        image_tile_grids (`torch.LongTensor` of shape `(images, 2)`, *optional*):
-            (rows, columns) of tiles of every image, where the caller knows them.
-        mm_encoder_outputs (`dict`, *optional*):
-            `{"image": get_image_features(...)}`, in place of `pixel_values`.
-        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         encoded = (mm_encoder_outputs or {}).get("image")
@@ -378,7 +375,7 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    @auto_docstring
+    @auto_docstring(custom_intro="See [`M3LlavaModel.get_image_features`].", custom_args=IMAGE_ARGUMENTS)
     def get_image_features(
         self,
         pixel_values: torch.FloatTensor | list[torch.FloatTensor],
@@ -386,16 +383,10 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, GenerationMixin):
         num_visual_tokens: torch.LongTensor | list[int] | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
-        r"""
-        See [`M3LlavaModel.get_image_features`].
-
-        num_visual_tokens (`torch.LongTensor` of shape `(images,)`, `list[int]` or `int`, *optional*):
-            Visual tokens per tile, for all images or for each. The finest scale by default.
-        """
         return self.model.get_image_features(pixel_values, image_sizes, num_visual_tokens, **kwargs)
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=IMAGE_ARGUMENTS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -414,18 +405,6 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, GenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | M3LlavaCausalLMOutputWithPast:
-        r"""
-        num_visual_tokens (`torch.LongTensor` of shape `(images,)`, `list[int]` or `int`, *optional*):
-            Visual tokens per tile, for all images or for each. The finest scale by default.
-        visual_token_sampling (`str`, *optional*):
-            `"average"`, `"spatial"` or `"sequential"`; the configuration's by default.
-        image_grid_pinpoints (`list[list[int]]`, *optional*):
-            (height, width) pairs the tiles were cut from, where they are not the configuration's.
-        image_tile_grids (`torch.LongTensor` of shape `(images, 2)`, *optional*):
-            (rows, columns) of tiles of every image, where the caller knows them.
-        mm_encoder_outputs (`dict`, *optional*):
-            `{"image": get_image_features(...)}`, in place of `pixel_values`.
-        """
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

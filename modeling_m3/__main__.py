@@ -19,6 +19,9 @@ from transformers.utils import logging
 import modeling_m3
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
 class _Answer(TextStreamer):
     """Prints an answer as it comes, or keeps it to itself, and notes when its first token came."""
 
@@ -38,6 +41,7 @@ class _Answer(TextStreamer):
             print(text, end="\n" if stream_end else "", flush=True)
 
 
+@app.command()
 def ask(
     image: Annotated[Path, typer.Argument(help="The picture.")],
     prompt: Annotated[str, typer.Argument(help="What to ask about it.")],
@@ -72,6 +76,7 @@ def _ask(
 ) -> None:
     picture = _open_picture(image)
     _check_checkpoint(model_name)
+    device = _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     processor = AutoProcessor.from_pretrained(model_name)
@@ -82,8 +87,7 @@ def _ask(
         return processor(images=picture, text=text, num_visual_tokens=scale, return_tensors="pt")
 
     inputs = prepare(num_visual_tokens)  # refuses a wrong number before the weights are loaded
-    model = AutoModelForImageTextToText.from_pretrained(model_name, dtype="auto")
-    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    model = AutoModelForImageTextToText.from_pretrained(model_name, dtype="auto").to(device).eval()
 
     def answer(inputs: Any, show: bool, max_new_tokens: int = max_new_tokens) -> tuple[_Answer, float, float]:
         streamer, start = _Answer(processor, show), time.perf_counter()
@@ -114,6 +118,14 @@ def _open_picture(path: Path) -> Image.Image:
         raise ValueError(f"Cannot read {path} as a picture: {error}. Is the file complete?") from error
 
 
+def _check_device(device: str) -> str:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a build of torch without CUDA
+        raise ValueError(f"Cannot run on --device {device}: {str(error).splitlines()[0]}") from error
+    return device
+
+
 def _check_checkpoint(name: str) -> None:
     """Says what a folder is that this command cannot use. Anything that is not a folder may be an id on the Hub."""
     folder = Path(name)
@@ -123,7 +135,10 @@ def _check_checkpoint(name: str) -> None:
         return
     if not (folder / "config.json").is_file():
         raise ValueError(f"{name} is not a checkpoint: it has no config.json.")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
     if config.get("model_type") != modeling_m3.M3LlavaConfig.model_type:
         hint = ""
         if "mm_vision_tower" in config:
@@ -134,7 +149,7 @@ def _check_checkpoint(name: str) -> None:
 
 
 def main() -> None:
-    typer.run(ask)
+    app(prog_name="m3-ask")
 
 
 if __name__ == "__main__":

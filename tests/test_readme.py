@@ -1,0 +1,53 @@
+"""The README is run as written: its Python blocks, and its commands but for those that install."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+REPOSITORY = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+PYTHON = [block for language, block in BLOCKS if language == "python"]
+COMMANDS = [part.strip() for language, block in BLOCKS if language == "bash" for part in block.split("&&")]
+MODULES = {"m3-ask": "modeling_m3", "m3-convert": "conversion"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A clone in which the README's commands write what they write."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "tests").symlink_to(REPOSITORY / "tests")
+    return folder
+
+
+def run(arguments, folder):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HOME": str(folder / "cache")}
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_commands(folder):
+    ran = []
+    for command in COMMANDS:
+        program, *arguments = shlex.split(command)
+        if program == "pip" or "pytest" in arguments:
+            continue  # installs, or runs this
+        arguments = ["-m", MODULES[program], *arguments] if program in MODULES else arguments
+        result = run(arguments, folder)
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+        ran.append(program)
+    assert ran == ["m3-convert", "m3-ask", "m3-ask", "python"]
+    assert (folder / "m3-demo" / "config.json").is_file() and (folder / "m3-next-demo" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=["pipeline", "classes"])
+def test_python_blocks(block, folder):
+    if not (folder / "m3-demo").exists():
+        test_commands(folder)
+    result = run(["-c", block], folder)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()

@@ -71,12 +71,7 @@ class _Views:
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         if self.image_grid_pinpoints is not None:
-            check_pinpoints(self.image_grid_pinpoints, self.tile_size)
-
-    @property
-    def tile_size(self) -> int:
-        """Pixels along one side of a view."""
-        return self.crop_size.height
+            check_pinpoints(self.image_grid_pinpoints, self.crop_size.height)
 
     def to_dict(self) -> dict[str, Any]:
         """Names the classes of both backends, so that a saved folder keeps the choice between them."""

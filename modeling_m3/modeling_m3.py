@@ -460,18 +460,25 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
-        # Newer transformers encode images before they expand prompts for beams or several answers. Older ones repeat every
-        # image in place, [A, A, B, B], where a prompt with two images needs [A, B, A, B]: encode here, and repeat by prompt.
-        if expand_size > 1 and model_kwargs.get("pixel_values") is not None:
-            image_inputs = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if name in model_kwargs}
+        # transformers repeats every image in place, [A, A, B, B], where beams or several answers to a prompt with two
+        # images need [A, B, A, B]; newer releases know better, but change what the caller passed. So: encode the images
+        # here, unless `generate` has done so, and repeat them by prompt.
+        if expand_size == 1:
+            return input_ids, model_kwargs
+        image_inputs = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if name in model_kwargs}
+        encoded = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
+        if image_inputs.get("pixel_values") is not None:
             encoded = self.get_image_features(**image_inputs, return_dict=True)
+        expanded = {}
+        if encoded is not None:
             embeds = model_kwargs.get("inputs_embeds")
             mask = self.model.get_placeholder_mask(input_ids if embeds is None else None, embeds)
-            encoded.pooler_output = _repeat_by_prompt(encoded.pooler_output, mask.sum(-1).tolist(), expand_size)
-            model_kwargs["mm_encoder_outputs"] = {"image": encoded}
-        return super()._expand_inputs_for_generation(
+            images = _repeat_by_prompt(encoded.pooler_output, mask.sum(-1).tolist(), expand_size)
+            expanded = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=images)}}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
+        return input_ids, model_kwargs | expanded
 
 
 def _as_list(value: Any) -> Any:

@@ -89,7 +89,7 @@ class M3LlavaProcessor(ProcessorMixin):
             raise ValueError(f"patch_size={patch_size!r} must be the side of the vision tower's patches in pixels.")
         check_choice("patch_merge_type", patch_merge_type, MERGE_TYPES)
         check_choice("vision_feature_select_strategy", vision_feature_select_strategy, SELECT_STRATEGIES)
-        side = image_processor.tile_size // patch_size
+        side = self._tile_size // patch_size
         keeps_class_token = vision_feature_select_strategy == "full"
         if visual_token_scales is None:
             visual_token_scales = [side * side] if keeps_class_token else default_scales(side)
@@ -172,7 +172,7 @@ class M3LlavaProcessor(ProcessorMixin):
         image_inputs = self.image_processor(images, **kwargs)
         image_inputs["num_visual_tokens"] = budgets
         pinpoints = kwargs.get("image_grid_pinpoints")
-        if pinpoints is not None and pinpoints != self.image_processor.image_grid_pinpoints:
+        if pinpoints is not None and pinpoints != self._pinpoints:
             image_inputs["image_tile_grids"] = [self._grid(size, pinpoints) for size in image_inputs["image_sizes"]]
         replacements = [self.replace_image_token(image_inputs, index, **kwargs) for index in range(len(budgets))]
         return image_inputs, replacements
@@ -190,16 +190,24 @@ class M3LlavaProcessor(ProcessorMixin):
         ]
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
+    @property
+    def _tile_size(self) -> int:
+        return self.image_processor.crop_size["height"]
+
+    @property
+    def _pinpoints(self) -> list | None:
+        return getattr(self.image_processor, "image_grid_pinpoints", None)  # CLIP's own image processor has none
+
     def _budgets(self, num_visual_tokens: int | list[int] | None, num_images: int) -> list[int]:
         if num_visual_tokens is None:
             num_visual_tokens = self.num_visual_tokens
         return check_num_visual_tokens(num_visual_tokens, self.visual_token_scales, num_images)
 
     def _grid(self, size: tuple[int, int], image_grid_pinpoints: list | None) -> tuple[int, int] | None:
-        pinpoints = self.image_processor.image_grid_pinpoints if image_grid_pinpoints is None else image_grid_pinpoints
+        pinpoints = self._pinpoints if image_grid_pinpoints is None else image_grid_pinpoints
         if pinpoints is None:
             return None
-        return tile_grid(tuple(int(edge) for edge in size), pinpoints, self.image_processor.tile_size)
+        return tile_grid(tuple(int(edge) for edge in size), pinpoints, self._tile_size)
 
     def _count(self, scale: int, size: tuple[int, int] | None, image_grid_pinpoints: list | None) -> int:
         class_tokens = int(self.vision_feature_select_strategy == "full")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from modeling_m3 import M3LlavaImageProcessorPil, M3LlavaModel, M3LlavaProcessor
 from modeling_m3.visual_tokens import MERGE_TYPES
@@ -245,3 +245,10 @@ def test_an_engine_can_ask_for_the_offsets_of_replacements(loaded):
     )
     [[offsets]] = inputs["text_replacement_offsets"]
     assert offsets["replacement"] == "<image>" * 9
+
+
+def test_transformers_own_image_processors_will_do():
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    processor = M3LlavaProcessor(clip, word_tokenizer(), patch_size=2)
+    inputs = processor(images=Image.new("RGB", (30, 40)), text="look <image>", num_visual_tokens=36, return_tensors="pt")
+    assert count(inputs, processor) == [36]

@@ -1,0 +1,120 @@
+"""The model card: `model_cards/template.md`, filled in with what is known of the checkpoint."""
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from modeling_m3 import M3LlavaConfig
+
+from .original import ConversionError
+
+
+PAPER_URL = "https://arxiv.org/abs/2405.17430"
+TAGS = ["m3", "matryoshka", "llava", "multimodal", "visual-tokens", "custom_code"]
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def model_card(
+    name: str,
+    model_id: str,
+    config: M3LlavaConfig,
+    *,
+    trained_for_scales: bool,
+    source: Path,
+    license: str | None = None,
+) -> str:
+    """The text of `README.md`.
+
+    Args:
+        name: of the new checkpoint.
+        model_id: Hub id of the original or its folder. The two that the paper's authors released are recognised by the
+            last part, and get the paper's published numbers.
+        config: of the new checkpoint.
+        trained_for_scales: whether the original was trained for several numbers of visual tokens.
+        source: folder of the original, whose own card names a license.
+        license: Hub identifier of the license, in place of the source's.
+
+    Raises:
+        ConversionError: the source's card cannot be read.
+    """
+    known = _known_card(Path(model_id).name)
+    about = known.data.to_dict() if known else {}
+    tables = about.get("results", [])
+    base_model = about.get("model_id") or (
+        model_id if _HUB_ID.fullmatch(model_id) and not Path(model_id).is_dir() else None
+    )
+    data = ModelCardData(
+        license=license or _license_of(source) or about.get("license") or "other",
+        language=about.get("language"),
+        base_model=base_model,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=TAGS,
+        model_name=name if tables else None,
+        eval_results=[result for table in tables for result in _eval_results(table)] or None,
+    )
+    scales = config.visual_token_scales
+    card = ModelCard.from_template(
+        data,
+        template_str=_model_cards().joinpath("template.md").read_text(encoding="utf-8"),
+        name=name,
+        about=known.text.strip() if known else None,
+        model_id=base_model,
+        trained_for_scales=trained_for_scales,
+        tiled=config.image_grid_pinpoints is not None,
+        scales=scales,
+        budgets=tuple(sorted({min(scales, key=lambda scale: abs(scale - wanted)) for wanted in (9, 36, 576)})),
+        results="\n\n".join(_markdown_table(table) for table in tables),
+        paper_url=PAPER_URL,
+    )
+    return re.sub(r"\n{3,}", "\n\n", f"{str(card).rstrip()}\n")  # what the template left out leaves gaps
+
+
+def _model_cards() -> Any:
+    return files("model_cards")
+
+
+def _known_card(name: str) -> ModelCard | None:
+    """What `model_cards/` says about a checkpoint of this name."""
+    file = _model_cards().joinpath(f"{name}.md")
+    return ModelCard(file.read_text(encoding="utf-8")) if name != "template" and file.is_file() else None
+
+
+def _license_of(source: Path) -> str | None:
+    """The license that the original's own card names."""
+    file = source / "README.md"
+    if not file.exists():
+        return None
+    try:
+        return ModelCard(file.read_text(encoding="utf-8")).data.to_dict().get("license")
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConversionError(f"{file}: its metadata cannot be read ({error}): correct or remove it") from error
+
+
+def _eval_results(table: dict[str, Any]) -> list[EvalResult]:
+    """One published number per benchmark and number of visual tokens."""
+    return [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=benchmark.lower(),
+            dataset_name=benchmark,
+            metric_type=table["metric"],
+            metric_name=f"{table['metric']} at {scale} visual tokens",
+            metric_args={"num_visual_tokens": scale},
+            metric_value=value,
+            source_name=f"Matryoshka Multimodal Models, {table['table']}",
+            source_url=PAPER_URL,
+        )
+        for scale, values in table["by_num_visual_tokens"].items()
+        for benchmark, value in zip(table["benchmarks"], values, strict=True)
+    ]
+
+
+def _markdown_table(table: dict[str, Any]) -> str:
+    rows = [[f"Visual tokens ({table['table']})", *table["benchmarks"]], ["---", *("--:" for _ in table["benchmarks"])]]
+    rows += [[scale, *values] for scale, values in table["by_num_visual_tokens"].items()]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)

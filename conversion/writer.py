@@ -1,0 +1,208 @@
+"""The new folder: weights streamed into sharded safetensors, and a name that appears only when all is written."""
+
+import errno
+import functools
+import glob
+import json
+import logging
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from huggingface_hub.serialization import split_state_dict_into_shards_factory
+
+from .original import SAFETENSORS_DTYPES, ConversionError, StoredTensor
+
+
+logger = logging.getLogger(__name__)
+
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items() if dtype.is_floating_point}
+WEIGHT_DTYPES = tuple(_DTYPE_NAMES)
+_WRITERS = 2  # a second one hides the time that the system needs for new pages; more gain nothing
+_NOT_BETWEEN_THESE_FILES = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to write. Where `shape` has more rows than `source`, the rest are the mean of the source's rows."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    source: StoredTensor
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """The values to write in order, about 1 MB at a time."""
+        width = math.prod(self.shape[1:])
+        new_rows = self.shape[0] - self.source.shape[0] if self.shape else 0
+        total = torch.zeros(width, dtype=torch.float64)  # so that the mean does not depend on where chunks end
+        for chunk in self.source.chunks():
+            if new_rows:
+                total += chunk.view(-1, width).sum(0, dtype=torch.float64)
+            yield self._cast(chunk)
+        if new_rows:
+            mean = (total / self.source.shape[0]).float().to(self.dtype)
+            yield mean.repeat(new_rows)
+
+    def _cast(self, chunk: torch.Tensor) -> torch.Tensor:
+        cast = chunk.to(self.dtype)
+        if cast.dtype != chunk.dtype and cast.isinf().any() and not chunk.isinf().any():
+            largest = chunk.abs().max().item()
+            named = f"{self.source.file}: {self.source.key}"
+            raise ConversionError(f"{named} holds {largest:g}, too large for {self.dtype}: choose another --dtype")
+        return cast
+
+
+def write_weights(
+    folder: Path, tensors: list[PlannedTensor], max_shard_size: int | str, progress: Callable[[int], object]
+) -> list[str]:
+    """Writes the tensors as `model.safetensors`, or as shards with an index. Returns the names of the weight files.
+
+    Args:
+        folder: where to write.
+        tensors: in the order they should be read in.
+        max_shard_size: bytes, or a text as `"5GB"`. A larger tensor gets a file of its own.
+        progress: called with the number of bytes written since it was last called.
+
+    Raises:
+        ConversionError: the disk is full or cannot be written to.
+    """
+    planned = {tensor.name: tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(
+        planned,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for name, keys in split.filename_to_tensors.items():
+        try:
+            _write_safetensors(folder / name, [planned[key] for key in keys], progress)
+        except OSError as error:
+            if error.filename is not None:  # it says itself which file it is about
+                raise
+            raise ConversionError(f"{folder / name} cannot be written: {error.strerror or error}") from error
+    if len(split.filename_to_tensors) > 1:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        write_json(folder / "model.safetensors.index.json", index)
+    return list(split.filename_to_tensors)
+
+
+def write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def check_destination(destination: Path, overwrite: bool) -> None:
+    """Raises `ConversionError` if something is at `destination` that a new folder may not replace."""
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise ConversionError(f"{destination} is a file: name a folder to write")
+    if destination.is_mount() or any(path.is_relative_to(destination) for path in (Path.cwd(), Path.home())):
+        raise ConversionError(f"{destination} cannot be replaced by a new folder: name a folder inside it")
+    if any(destination.iterdir()) and not overwrite:
+        raise ConversionError(
+            f"{destination} exists and is not empty: name another folder, or pass --overwrite to replace it"
+        )
+
+
+@contextmanager
+def new_folder(destination: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `destination` to write into. It takes that name when the block ends well, else it is removed.
+
+    An older folder of that name stays until then. A process that is killed leaves the new one under its hidden name.
+
+    Raises:
+        ConversionError: something is there already and `overwrite` is not set, or may not be replaced.
+    """
+    destination = destination.resolve()
+    check_destination(destination, overwrite)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex[:8]
+    partial = destination.with_name(f".{destination.name}.incomplete-{mark}")
+    replaced = destination.with_name(f".{destination.name}.replaced-{mark}")
+    for leftover in destination.parent.glob(f"{glob.escape(f'.{destination.name}.incomplete-')}*"):
+        logger.warning("%s is of a run that was killed, unless one is still running: it can be removed", leftover)
+    partial.mkdir()
+    try:
+        yield partial
+        if destination.exists():
+            destination.rename(replaced)
+        try:
+            partial.rename(destination)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(destination)
+            raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write_safetensors(file: Path, tensors: list[PlannedTensor], progress: Callable[[int], object]) -> None:
+    """The header follows from the plan, so that values go from file to file without being held.
+
+    Source of the layout: https://github.com/huggingface/safetensors#format
+    """
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # aligns every one, as the library does
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    starts = [8 + len(text) + header[tensor.name]["data_offsets"][0] for tensor in tensors]
+    # One writer where a whole file must be loaded to read a tensor, so that two never are.
+    writers = _WRITERS if all(tensor.source.offset is not None for tensor in tensors) else 1
+    with ThreadPoolExecutor(writers) as pool:
+        for nbytes in pool.map(functools.partial(_write_tensor, file), tensors, starts):
+            progress(nbytes)
+
+
+def _write_tensor(file: Path, tensor: PlannedTensor, start: int) -> int:
+    with open(file, "r+b") as output:
+        output.seek(start)
+        if not _copied_in_kernel(tensor, output):
+            for chunk in tensor.chunks():
+                output.write(memoryview(chunk.view(torch.uint8).numpy()))
+    return tensor.nbytes
+
+
+def _copied_in_kernel(tensor: PlannedTensor, output: BinaryIO) -> bool:
+    """Copies a tensor whose bytes do not change without reading them, as `cp` does. False where that cannot be done."""
+    source = tensor.source
+    unchanged = (source.shape, source.dtype) == (tensor.shape, tensor.dtype)
+    if not unchanged or source.offset is None or not hasattr(os, "copy_file_range"):
+        return False
+    left, start, end = tensor.nbytes, output.tell(), source.offset + tensor.nbytes
+    with open(source.file, "rb") as file:
+        while left:
+            position = start + tensor.nbytes - left
+            try:
+                copied = os.copy_file_range(file.fileno(), output.fileno(), left, end - left, position)
+            except OSError as error:
+                if left == tensor.nbytes and error.errno in _NOT_BETWEEN_THESE_FILES:
+                    return False
+                raise
+            if not copied:
+                raise source.cut_off()
+            left -= copied
+    return True

@@ -52,7 +52,7 @@ def find_vision_tower(
 ) -> VisionTower:
     """Finds the vision tower by the original's rule (`llava/model/multimodal_encoder/clip_encoder.py`).
 
-    A checkpoint's own weights count only where its config says that they were trained: `unfreeze_mm_vision_tower: true`.
+    A checkpoint's own weights count only where its config says they were trained: `unfreeze_mm_vision_tower: true`.
 
     Args:
         config: the original `config.json`.

@@ -21,15 +21,15 @@ def run(*arguments):
 def expected_answer(model, processor, scale):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(
-        images=picture("photo_400x266.png"), text=text, num_visual_tokens=scale, return_tensors="pt"
-    )
+    inputs = processor(images=picture("photo_400x266.png"), text=text, num_visual_tokens=scale, return_tensors="pt")
     generated = model.generate(**inputs, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
     return processor.decode(generated, skip_special_tokens=True)
 
 
 def test_the_answer_is_that_of_generate(converted, loaded):
-    result = run(PICTURE, "What is this?", "--model", converted["llava15-m3"], "--num-visual-tokens", 36, "--max-new-tokens", 6)
+    result = run(
+        PICTURE, "What is this?", "--model", converted["llava15-m3"], "--num-visual-tokens", 36, "--max-new-tokens", 6
+    )
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == expected_answer(*loaded["llava15-m3"], 36).strip()
 

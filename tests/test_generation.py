@@ -60,7 +60,9 @@ def test_generation_equals_a_loop_of_forward_calls(use_cache):
     with torch.no_grad():
         for _ in range(8):
             mask = torch.ones_like(ids)
-            ids = torch.cat([ids, model(**{**inputs, "input_ids": ids, "attention_mask": mask}).logits[:, -1:].argmax(-1)], 1)
+            ids = torch.cat(
+                [ids, model(**{**inputs, "input_ids": ids, "attention_mask": mask}).logits[:, -1:].argmax(-1)], 1
+            )
     expected = ids[:, inputs["input_ids"].shape[1] :]
     generated = answer(model, inputs, use_cache=use_cache, eos_token_id=None)
     assert torch.equal(generated, expected)
@@ -155,7 +157,9 @@ def test_a_static_cache_changes_nothing():
     model = tiny_model()
     inputs = tiny_inputs(model)
     expected = answer(model, inputs, eos_token_id=None)
-    assert torch.equal(answer(model, inputs, eos_token_id=None, cache_implementation="static", disable_compile=True), expected)
+    assert torch.equal(
+        answer(model, inputs, eos_token_id=None, cache_implementation="static", disable_compile=True), expected
+    )
 
 
 def test_a_chat_goes_on_from_its_cache():

@@ -88,7 +88,9 @@ def odd_picture(kind: str, folder: Path) -> Image.Image:
 
 
 @pytest.mark.parametrize("kind", ["CMYK", "P", "L", "1", "transparent", "16 bit", "EXIF-rotated"])
-@pytest.mark.parametrize("backend", [M3LlavaImageProcessorPil, pytest.param(M3LlavaImageProcessor, marks=needs_torchvision)])
+@pytest.mark.parametrize(
+    "backend", [M3LlavaImageProcessorPil, pytest.param(M3LlavaImageProcessor, marks=needs_torchvision)]
+)
 def test_odd_pictures_are_converted_as_the_original_converts_them(kind, backend, tmp_path):
     # The original opens every picture with `Image.open(...).convert("RGB")`.
     odd = odd_picture(kind, tmp_path)

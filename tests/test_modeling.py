@@ -118,7 +118,9 @@ def test_the_vision_tower_stops_at_the_selected_layer(layer):
 
     computed = []
     for index in range(model.config.vision_config.num_hidden_layers):
-        model.vision_tower.encoder.layers[index].register_forward_hook(lambda *args, index=index: computed.append(index))
+        model.vision_tower.encoder.layers[index].register_forward_hook(
+            lambda *args, index=index: computed.append(index)
+        )
     model.get_image_features(pixel_values)
     assert computed == list(range(model.config.num_vision_layers))
 

@@ -51,7 +51,8 @@ MODELS["one view"] = M3LlavaModel(tiny_config()).eval()
 @settings(max_examples=2000, deadline=None)
 @given(
     size=st.one_of(
-        st.tuples(st.integers(1, 200), st.integers(1, 200)), st.sampled_from([(1, 1000), (1000, 1), (5000, 7), (7, 5000)])
+        st.tuples(st.integers(1, 200), st.integers(1, 200)),
+        st.sampled_from([(1, 1000), (1000, 1), (5000, 7), (7, 5000)]),
     ),
     scale=st.sampled_from([1, 9, 36, 144]),
     kind=st.sampled_from(list(MODELS)),
@@ -88,7 +89,9 @@ def test_outputs(loaded):
     assert count(inputs, processor) == [36]
 
     _, processor = loaded["llava-next-m3"]
-    inputs = processor(images=[image, image], text=[PROMPT, PROMPT], num_visual_tokens=[1, 9], return_tensors="pt", padding=True)
+    inputs = processor(
+        images=[image, image], text=[PROMPT, PROMPT], num_visual_tokens=[1, 9], return_tensors="pt", padding=True
+    )
     assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "image_sizes", "num_visual_tokens"}
     assert inputs["num_visual_tokens"].tolist() == [1, 9]
     assert inputs["image_sizes"].tolist() == [[266, 400]] * 2
@@ -250,5 +253,7 @@ def test_an_engine_can_ask_for_the_offsets_of_replacements(loaded):
 def test_transformers_own_image_processors_will_do():
     clip = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
     processor = M3LlavaProcessor(clip, word_tokenizer(), patch_size=2)
-    inputs = processor(images=Image.new("RGB", (30, 40)), text="look <image>", num_visual_tokens=36, return_tensors="pt")
+    inputs = processor(
+        images=Image.new("RGB", (30, 40)), text="look <image>", num_visual_tokens=36, return_tensors="pt"
+    )
     assert count(inputs, processor) == [36]

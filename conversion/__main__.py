@@ -1,91 +1,105 @@
 """The command `python -m conversion SRC DST`, installed as `m3-convert`."""
 
-import argparse
 import logging
 import re
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import typer
 
 from .chat_templates import CHAT_TEMPLATES
 
 
-DTYPES = ("float32", "float16", "bfloat16")
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. Returns its exit status: 0, or 1 where one line on stderr says what is wrong (2 for usage)."""
-    options = _parser().parse_args(arguments)
-    notices = logging.StreamHandler()
-    notices.setFormatter(logging.Formatter("m3-convert: %(message)s"))
-    logger = logging.getLogger("conversion")
-    logger.handlers, logger.propagate = [notices], False
-    logger.setLevel(logging.INFO)
-    before = signal.signal(signal.SIGTERM, _stop)
     try:
-        _convert(options)
-    except KeyboardInterrupt as stop:
-        print("m3-convert: stopped, nothing was written", file=sys.stderr)
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
-    except (ValueError, OSError) as error:
-        if options.debug:
-            raise
-        print(f"m3-convert: {_one_line(error)}", file=sys.stderr)
-        return 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 0
-
-
-def _convert(options: argparse.Namespace) -> None:
-    import torch  # here, so that --help and usage errors come at once
-
-    from .convert import convert
-
-    conversion = convert(
-        options.source,
-        options.destination,
-        vision_tower=options.vision_tower,
-        dtype=None if options.dtype is None else getattr(torch, options.dtype),
-        max_shard_size=options.max_shard_size,
-        chat_template=options.chat_template,
-        model_id=options.model_id,
-        license=options.license,
-        overwrite=options.overwrite,
-    )
-    print(conversion)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="m3-convert",
-        description="Convert an original LLaVA or M3 checkpoint to a folder that transformers loads and the Hub takes.",
-    )
-    parser.add_argument("source", metavar="SRC", help="the original checkpoint: a folder or a Hub id")
-    parser.add_argument("destination", metavar="DST", help="the folder to write")
-    parser.add_argument(
-        "--vision-tower", metavar="DIR", help="CLIP folder or Hub id, in place of the config's mm_vision_tower"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="store weights in this type (default: as they are stored)")
-    parser.add_argument(
-        "--max-shard-size", default="5GB", type=_size, metavar="SIZE", help="of a weight file (default: 5GB)"
-    )
-    parser.add_argument(
-        "--chat-template", choices=sorted(CHAT_TEMPLATES), help="(default: by the checkpoint's name and language model)"
-    )
-    parser.add_argument("--model-id", metavar="ID", help="Hub id of the original, for the card (default: SRC)")
-    parser.add_argument("--license", help="for the card (default: that of SRC's own card)")
-    parser.add_argument("--overwrite", action="store_true", help="replace DST where it exists")
-    parser.add_argument("--debug", action="store_true", help="show a traceback where something is wrong")
-    return parser
+        app(args=arguments, prog_name="m3-convert")
+    except SystemExit as end:
+        return end.code or 0
 
 
 def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
     if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size, as 5GB or 200MB")
+        raise typer.BadParameter(f"{text!r} is not a size, as 5GB or 200MB")
     return size
+
+
+def _chat_template(name: str) -> str:
+    if name not in CHAT_TEMPLATES:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(CHAT_TEMPLATES)}")
+    return name
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="The original checkpoint: a folder or a Hub id.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="The folder to write.")],
+    vision_tower: Annotated[
+        str | None, typer.Option(metavar="DIR", help="CLIP folder or Hub id, in place of the config's mm_vision_tower.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Store weights in this type; as they are stored by default."),
+    ] = None,
+    max_shard_size: Annotated[int, typer.Option(parser=_size, metavar="SIZE", help="Of a weight file.")] = "5GB",
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            parser=_chat_template,
+            metavar="|".join(CHAT_TEMPLATES),
+            help="By the checkpoint's name and language model by default.",
+        ),
+    ] = None,
+    model_id: Annotated[str | None, typer.Option(help="Hub id of the original, for the card; SRC by default.")] = None,
+    license: Annotated[str | None, typer.Option(help="For the card; that of SRC's own card by default.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST where it exists.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where something is wrong.")] = False,
+) -> None:
+    """Convert an original LLaVA or M3 checkpoint to a folder that transformers loads and the Hub takes."""
+    import torch  # here, so that --help and usage errors come at once
+
+    from . import convert as conversion
+
+    _show_notices()
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        written = conversion.convert(
+            source,
+            destination,
+            vision_tower=vision_tower,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            max_shard_size=max_shard_size,
+            chat_template=chat_template,
+            model_id=model_id,
+            license=license,
+            overwrite=overwrite,
+        )
+    except KeyboardInterrupt as stop:
+        print("m3-convert: stopped, nothing was written", file=sys.stderr)
+        raise typer.Exit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from stop
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"m3-convert: {_one_line(error)}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(written)
+
+
+def _show_notices() -> None:
+    notices = logging.StreamHandler()
+    notices.setFormatter(logging.Formatter("m3-convert: %(message)s"))
+    logger = logging.getLogger("conversion")
+    logger.handlers, logger.propagate = [notices], False
+    logger.setLevel(logging.INFO)
 
 
 def _stop(signum: int, frame: object) -> None:

@@ -280,7 +280,8 @@ def _check_vocabulary(
 
 def _with_vocabulary(arguments: dict[str, Any], tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, Any]:
     """Room for the tokens that are new here, in whole multiples."""
-    multiples = -(-max(rows, len(tokenizer)) // VOCABULARY_MULTIPLE)
+    ids = max(tokenizer.get_vocab().values()) + 1  # added tokens may leave gaps, which len(tokenizer) does not count
+    multiples = -(-max(rows, ids) // VOCABULARY_MULTIPLE)
     text_config = {
         **arguments["text_config"],
         "vocab_size": multiples * VOCABULARY_MULTIPLE,
@@ -296,11 +297,14 @@ def _generation_config(
     """Token ids, and how to sample where the original samples.
 
     The original ships a temperature without `do_sample`, which has no effect and which transformers 5 refuses to save,
-    and a `max_length` that counts the prompt, about which every call with `max_new_tokens` would warn.
+    and a `max_length` that counts the prompt, about which every call with `max_new_tokens` would warn. To be greedy is
+    written down because `pipeline` samples where a checkpoint says nothing.
     """
     file = folder / "generation_config.json"
     given = {**original, **(read_json(file) if file.exists() else {})}
-    kept = {key: given[key] for key in _SAMPLING_SETTINGS if given.get("do_sample") and key in given}
+    kept = {"do_sample": False}
+    if given.get("do_sample"):
+        kept = {key: given[key] for key in _SAMPLING_SETTINGS if key in given}
     ends = given.get("eos_token_id", tokenizer.eos_token_id)
     if chat_template == "chatml":  # whose turns end with a token that need not be the vocabulary's end of sentence
         turn_end = tokenizer.get_vocab().get("<|im_end|>")

@@ -19,7 +19,7 @@ from transformers.utils import logging
 import modeling_m3
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 class _Answer(TextStreamer):

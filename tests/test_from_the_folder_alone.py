@@ -46,11 +46,9 @@ logits, answer, budget = run(model, processor)
 headless = AutoModel.from_pretrained(folder, trust_remote_code=True)
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
-chat = pipe(text=messages, processor_kwargs={"num_visual_tokens": 36}, max_new_tokens=5, do_sample=False)
-plain = pipe(
-    images=image, text="USER: <image>\\nWhat is this? ASSISTANT:", num_visual_tokens=36, max_new_tokens=5,
-    do_sample=False, return_full_text=False,
-)
+chat = pipe(text=messages, processor_kwargs={"num_visual_tokens": 36}, max_new_tokens=5)
+prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+plain = pipe(images=image, text=prompt, num_visual_tokens=36, max_new_tokens=5, return_full_text=False)
 processor.num_visual_tokens = 9
 model.save_pretrained(again)
 processor.save_pretrained(again)

@@ -43,8 +43,8 @@ class _Answer(TextStreamer):
 
 @app.command()
 def ask(
-    image: Annotated[Path, typer.Argument(help="The picture.")],
-    prompt: Annotated[str, typer.Argument(help="What to ask about it.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The picture.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask about it.")],
     model: Annotated[str, typer.Option(help="An M3 checkpoint: a folder, or an id on the Hub.")],
     num_visual_tokens: Annotated[
         int | None,

@@ -170,6 +170,12 @@ class M3LlavaProcessor(ProcessorMixin):
         if kwargs.get("image_grid_pinpoints") is None:  # to the image processor, None is a value of its own
             kwargs.pop("image_grid_pinpoints", None)
         image_inputs = self.image_processor(images, **kwargs)
+        view_size = tuple(image_inputs["pixel_values"][0].shape[-2:])
+        if view_size != (self._tile_size, self._tile_size):
+            raise ValueError(
+                f"The images were prepared as views of {view_size} pixels, but the model sees views of "
+                f"{(self._tile_size, self._tile_size)}. Do not override how images are resized, cropped or padded."
+            )
         image_inputs["num_visual_tokens"] = budgets
         pinpoints = kwargs.get("image_grid_pinpoints")
         if pinpoints is not None and pinpoints != self._pinpoints:

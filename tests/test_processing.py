@@ -215,6 +215,16 @@ def test_pinpoints_can_be_given_per_call(loaded):
             model(**inputs)
 
 
+@pytest.mark.parametrize(
+    "override",
+    [{"crop_size": 168}, {"do_resize": False, "do_center_crop": False}, {"do_pad": False, "do_center_crop": False}],
+)
+def test_views_of_a_size_that_the_model_does_not_take_are_refused(override, loaded):
+    _, processor = loaded["llava15-m3"]
+    with pytest.raises(ValueError, match=r"\(336, 336\)"):
+        processor(images=picture("img5_97x53.png"), text=PROMPT, **override)
+
+
 def test_a_saved_processor_without_a_patch_size_is_refused():
     with pytest.raises(ValueError, match="patch_size=None"):
         M3LlavaProcessor(M3LlavaImageProcessorPil(), word_tokenizer(), patch_size=None)

@@ -218,6 +218,9 @@ def merge_tiles(
 
     Returns:
         (`count_visual_tokens(...)`, d).
+
+    Raises:
+        ValueError: if "spatial_unpad" is given no `image_newline` to unpad a grid with.
     """
     t, n, d = features.shape
     if grid is None or patch_merge_type == "flat":
@@ -227,6 +230,11 @@ def merge_tiles(
     side = math.isqrt(n)
     canvas = features[1:].reshape(*grid, side, side, d).transpose(1, 2).reshape(grid[0] * side, grid[1] * side, d)
     if patch_merge_type == "spatial_unpad":
+        if image_newline is None:
+            raise ValueError(
+                'patch_merge_type="spatial_unpad" needs an image_newline, which a model has if its configuration has '
+                "image_grid_pinpoints. Set them there, or use another patch_merge_type."
+            )
         rows, columns = _kept_rows_and_columns(grid, side, image_size)
         canvas = canvas[rows.start : rows.stop, columns.start : columns.stop]
         canvas = torch.cat([canvas, image_newline.expand(len(rows), 1, d)], dim=1)

@@ -110,6 +110,11 @@ def test_a_base_view_alone_ends_with_a_newline_as_in_the_original():
     assert len(merged) == visual_tokens.count_visual_tokens(9, (0, 0), (24, 24), "spatial_unpad")
 
 
+def test_unpadding_needs_a_newline():
+    with pytest.raises(ValueError, match="image_newline"):
+        visual_tokens.merge_tiles(torch.zeros(3, 9, 2), (1, 2), (24, 48), "spatial_unpad")
+
+
 @pytest.mark.parametrize("value", [100, 200, 0, -1, "abc", "36", 36.0, 36.5, True, None.__class__, [36, 100], [[36]]])
 def test_a_wrong_number_is_refused_by_name_with_what_is_allowed(value):
     with pytest.raises(ValueError, match=r"\[1, 9, 36, 144, 576\]") as error:

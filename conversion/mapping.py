@@ -186,7 +186,7 @@ def translate_config(original: dict[str, Any], source: str) -> dict[str, Any]:
         scales = None
     return {
         "text_config": _text_config(original, source),
-        "vision_feature_layer": original.get("mm_vision_select_layer", -2),
+        "vision_feature_layer": -2 if (layer := original.get("mm_vision_select_layer")) is None else layer,
         "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[select],
         "multimodal_projector_depth": _projector_depth(original.get("mm_projector_type") or "linear", source),
         "visual_token_scales": scales,
@@ -224,6 +224,7 @@ def _text_config(original: dict[str, Any], source: str) -> dict[str, Any]:
         )
     language_model = LANGUAGE_MODELS[model_type]
     given = {key: value for key, value in original.items() if key in _TEXT_CONFIG_KEYS}
+    given["tie_word_embeddings"] = bool(given.get("tie_word_embeddings"))
     return {"model_type": language_model, **_TEXT_CONFIG_DEFAULTS[language_model], **given}
 
 
@@ -240,7 +241,7 @@ def _projector_depth(projector_type: str, source: str) -> int:
 
 def _scales(scales: Any, source: str) -> list[int] | None:
     """A list, or its text: lists given on a command line were saved as they were typed."""
-    if scales is None:
+    if not scales:
         return None
     try:
         numbers = re.findall(r"[^\s,\[\]()]+", scales) if isinstance(scales, str) else scales

@@ -17,6 +17,7 @@ from .processing_m3 import M3LlavaProcessor
 # What travels with a checkpoint, next to its weights.
 REMOTE_CODE_FILES = (
     "configuration_m3.py",
+    "generation_m3.py",
     "image_processing_m3.py",
     "modeling_m3.py",
     "processing_m3.py",

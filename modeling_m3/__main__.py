@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 from transformers.utils import logging
 
@@ -56,9 +57,11 @@ def ask(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
 ) -> None:
     """Answers a question about a picture, at the number of visual tokens you choose."""
+    if compare and num_visual_tokens is not None:
+        raise typer.BadParameter("--compare answers at every number of visual tokens: leave --num-visual-tokens out")
     try:
         _ask(image, prompt, model, num_visual_tokens, compare, max_new_tokens, device)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         if debug:
             raise
         print(f"m3-ask: {' '.join(str(error).split())}", file=sys.stderr)

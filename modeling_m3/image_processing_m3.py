@@ -18,12 +18,13 @@ Arrays and tensors are (c channels, h height, w width) until they are stacked.
 """
 
 import math
+import os
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
@@ -81,6 +82,20 @@ class _Views:
         output["auto_map"] = {**output.get("auto_map", {}), self._auto_class: classes}
         return output
 
+    def fetch_images(self, images: Any) -> Any:
+        """Opens files as the original does; URLs and other things are left to transformers, which rotates by EXIF.
+
+        Raises `ValueError` for a file that is no picture.
+        """
+        if not isinstance(images, str) or not os.path.isfile(images):
+            return super().fetch_images(images)
+        try:
+            return Image.open(images)
+        except UnidentifiedImageError as error:
+            raise ValueError(
+                f"{images} is not a picture that PIL can open. Check that the file is complete."
+            ) from error
+
     def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> Any:
         """One picture in the backend's own format, (3, h, w).
 
@@ -126,9 +141,9 @@ class _Views:
 
         def views(image: Any) -> list:
             if image_grid_pinpoints is not None:
-                tiles = self._tiles(image, image_grid_pinpoints, crop_size.height, resample)
+                tiles = self._tiles(image, image_grid_pinpoints, crop_size.height)
                 edge = size.shortest_edge or size.height
-                base = self.resize(image, SizeDict(height=edge, width=edge), resample)
+                base = self.resize(image, SizeDict(height=edge, width=edge), PILImageResampling.BICUBIC)
                 return [finish(view) for view in (base, *tiles)]
             edge = max(image.shape[-2:])
             return [finish(self._on_canvas(image, edge, edge, background) if do_pad else image)]
@@ -147,8 +162,11 @@ class _Views:
         sizes = [list(image.shape[-2:]) for image in images]
         return BatchFeature({"pixel_values": pixel_values, "image_sizes": sizes}, tensor_type=return_tensors)
 
-    def _tiles(self, image: Any, image_grid_pinpoints: list | tuple, tile: int, resample: Any) -> list:
-        """The tiles of the picture in reading order, after it is fitted into its resolution."""
+    def _tiles(self, image: Any, image_grid_pinpoints: list | tuple, tile: int) -> list:
+        """The tiles of the picture in reading order, after it is fitted into its resolution.
+
+        By PIL's default of bicubic, as in the original: `resample` is for CLIP's own preprocessing.
+        """
         height, width = image.shape[-2:]
         target_height, target_width = select_resolution((height, width), image_grid_pinpoints)
         scale_height, scale_width = target_height / height, target_width / width
@@ -156,7 +174,9 @@ class _Views:
             fitted = SizeDict(height=min(math.ceil(height * scale_width), target_height), width=target_width)
         else:
             fitted = SizeDict(height=target_height, width=min(math.ceil(width * scale_height), target_width))
-        canvas = self._on_canvas(self.resize(image, fitted, resample), target_height, target_width, (0, 0, 0))
+        canvas = self._on_canvas(
+            self.resize(image, fitted, PILImageResampling.BICUBIC), target_height, target_width, (0, 0, 0)
+        )
         return [
             canvas[:, top : top + tile, left : left + tile]
             for top in range(0, target_height, tile)

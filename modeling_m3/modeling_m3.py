@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -34,6 +34,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
 
 from .configuration_m3 import M3LlavaConfig
+from .generation_m3 import M3LlavaGenerationMixin
 from .visual_tokens import (
     SAMPLINGS,
     check_choice,
@@ -44,16 +45,6 @@ from .visual_tokens import (
     tile_grid,
 )
 
-
-# What describes images among the model's inputs. `generate` needs them for the first step only.
-IMAGE_INPUTS = (
-    "pixel_values",
-    "image_sizes",
-    "num_visual_tokens",
-    "visual_token_sampling",
-    "image_grid_pinpoints",
-    "image_tile_grids",
-)
 
 IMAGE_ARGUMENTS = r"""
     pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)` or `(images, tiles, channels, height, width)`, or a list with one tensor per image, *optional*):
@@ -68,8 +59,10 @@ IMAGE_ARGUMENTS = r"""
         (height, width) pairs the tiles were cut from, where they are not the configuration's.
     image_tile_grids (`torch.LongTensor` of shape `(images, 2)`, *optional*):
         (rows, columns) of tiles of every image, where the caller knows them.
+"""
+FORWARD_ARGUMENTS = f"""{IMAGE_ARGUMENTS}
     mm_encoder_outputs (`dict`, *optional*):
-        `{"image": get_image_features(...)}`, in place of `pixel_values`.
+        `{{"image": get_image_features(...)}}`, in place of `pixel_values`.
 """
 
 
@@ -109,7 +102,7 @@ class M3LlavaCausalLMOutputWithPast(ModelOutput):
 class M3LlavaUsedLayers(nn.ModuleList):
     """Holds all layers of the vision tower, so that its weights stay whole, and yields those whose output is used."""
 
-    def __init__(self, layers: nn.ModuleList, num_used: int):
+    def __init__(self, layers: nn.ModuleList, num_used: int | None = None):  # None: all, as a slice has them
         super().__init__(layers)
         self.num_used = num_used
 
@@ -299,7 +292,7 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         return mask
 
     @can_return_tuple
-    @auto_docstring(custom_args=IMAGE_ARGUMENTS)
+    @auto_docstring(custom_args=FORWARD_ARGUMENTS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -361,7 +354,7 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
     M3 with a language modelling head: answers questions about images at any number of visual tokens.
     """
 )
-class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, GenerationMixin):
+class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationMixin):
     _auto_class = "AutoModelForImageTextToText"  # saving copies the code along
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -386,7 +379,7 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, GenerationMixin):
         return self.model.get_image_features(pixel_values, image_sizes, num_visual_tokens, **kwargs)
 
     @can_return_tuple
-    @auto_docstring(custom_args=IMAGE_ARGUMENTS)
+    @auto_docstring(custom_args=FORWARD_ARGUMENTS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -437,64 +430,9 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        inputs_embeds: torch.FloatTensor | None = None,
-        is_first_iteration: bool = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
-        # Images enter the cache in the first step. transformers drops the inputs it knows by name, not all of ours.
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in (*IMAGE_INPUTS, "mm_encoder_outputs"):
-                inputs.pop(name, None)
-        return inputs
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
-        # transformers repeats every image in place, [A, A, B, B], where beams or several answers to a prompt with two
-        # images need [A, B, A, B]; newer releases know better, but change what the caller passed. So: encode the images
-        # here, unless `generate` has done so, and repeat them by prompt.
-        if expand_size == 1:
-            return input_ids, model_kwargs
-        image_inputs = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if name in model_kwargs}
-        encoded = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
-        if image_inputs.get("pixel_values") is not None:
-            encoded = self.get_image_features(**image_inputs, return_dict=True)
-        expanded = {}
-        if encoded is not None:
-            embeds = model_kwargs.get("inputs_embeds")
-            mask = self.model.get_placeholder_mask(input_ids if embeds is None else None, embeds)
-            images = _repeat_by_prompt(encoded.pooler_output, mask.sum(-1).tolist(), expand_size)
-            expanded = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=images)}}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        return input_ids, model_kwargs | expanded
-
 
 def _as_list(value: Any) -> Any:
     return value.tolist() if isinstance(value, torch.Tensor) else value
-
-
-def _repeat_by_prompt(images: list[torch.Tensor], placeholders: list[int], repeats: int) -> list[torch.Tensor]:
-    """Repeats each prompt's images as a group, given how many placeholders each prompt has."""
-    remaining, repeated = iter(images), []
-    for count in placeholders:
-        group = []
-        while count > 0:
-            group.append(next(remaining))
-            count -= len(group[-1])
-        repeated += group * repeats
-    return repeated
 
 
 __all__ = ["M3LlavaForConditionalGeneration", "M3LlavaModel", "M3LlavaPreTrainedModel"]

@@ -23,6 +23,7 @@ from .visual_tokens import (
     SELECT_STRATEGIES,
     check_choice,
     check_num_visual_tokens,
+    check_pinpoints,
     check_scales,
     count_visual_tokens,
     default_scales,
@@ -94,7 +95,8 @@ class M3LlavaProcessor(ProcessorMixin):
         if visual_token_scales is None:
             visual_token_scales = [side * side] if keeps_class_token else default_scales(side)
         check_scales(visual_token_scales, side)
-        check_num_visual_tokens(num_visual_tokens, visual_token_scales, num_images=1)
+        if num_visual_tokens is not None:
+            check_num_visual_tokens([num_visual_tokens], visual_token_scales, num_images=1)
 
         self.patch_size = patch_size
         self.visual_token_scales = visual_token_scales
@@ -127,6 +129,8 @@ class M3LlavaProcessor(ProcessorMixin):
             ValueError: for a number of visual tokens this checkpoint does not offer, for numbers of images and of
                 `<image>` marks that differ, and where truncation would cut an image's placeholders.
         """
+        if isinstance(images, (list, tuple)) and not any(not isinstance(i, (list, tuple)) or i for i in images):
+            images = None  # no image for any prompt
         # transformers before 5.20 empties the dicts it is handed: a caller's must survive for the next call.
         kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
         return super().__call__(images=images, text=text, **kwargs)
@@ -134,9 +138,10 @@ class M3LlavaProcessor(ProcessorMixin):
     def validate_inputs(self, images: ImageInput | None = None, text: Any = None, **kwargs: Any) -> None:
         """Checks what a caller passed before transformers' own type checks, whose messages name no allowed value."""
         num_images = 0 if images is None else len(make_flat_list_of_images(images))
-        self._budgets(
-            kwargs.get("num_visual_tokens", kwargs.get("images_kwargs", {}).get("num_visual_tokens")), num_images
-        )
+        images_kwargs = {**kwargs.get("images_kwargs", {}), **kwargs}
+        self._budgets(images_kwargs.get("num_visual_tokens"), num_images)
+        if images_kwargs.get("image_grid_pinpoints") is not None:
+            check_pinpoints(images_kwargs["image_grid_pinpoints"], self._tile_size)
         if text is not None:
             marks = [prompt.count(self.image_token) for prompt in ([text] if isinstance(text, str) else text)]
             if sum(marks) != num_images:

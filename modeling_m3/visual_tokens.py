@@ -96,13 +96,17 @@ def check_num_visual_tokens(
 
 def check_pinpoints(image_grid_pinpoints: Sequence[Sequence[int]], tile_size: int) -> None:
     """Raises `ValueError` unless these are (height, width) pairs, each a whole number of tiles of `tile_size` pixels."""
-    if not image_grid_pinpoints:
-        raise ValueError("image_grid_pinpoints is empty: give at least one (height, width) pair, or None for no tiles.")
+    if not isinstance(image_grid_pinpoints, (list, tuple)) or not image_grid_pinpoints:
+        raise ValueError(
+            f"image_grid_pinpoints={image_grid_pinpoints!r}: give a list with at least one (height, width) pair, or None "
+            "for no tiles."
+        )
     for pair in image_grid_pinpoints:
-        if len(pair) != 2 or any(edge < tile_size or edge % tile_size for edge in pair):
+        is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(edge, int) for edge in pair)
+        if not is_pair or any(edge < tile_size or edge % tile_size for edge in pair):
             raise ValueError(
-                f"image_grid_pinpoints holds {list(pair)}: every entry must be a (height, width) pair of positive "
-                f"multiples of the tile size, {tile_size} pixels."
+                f"image_grid_pinpoints holds {pair!r}: every entry must be a (height, width) pair of positive multiples of "
+                f"the tile size, {tile_size} pixels."
             )
 
 

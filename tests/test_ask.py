@@ -1,6 +1,7 @@
 """m3-ask: answers, compares, and says what is wrong in one line."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -84,3 +85,11 @@ def test_a_truncated_picture(converted, tmp_path):
 
 def test_wrong_usage_is_status_2():
     assert run(PICTURE).exit_code == 2
+    assert run(PICTURE, "?", "--model", "m3-demo", "--compare", "--num-visual-tokens", 36).exit_code == 2
+
+
+def test_a_truncated_weight_file(converted, tmp_path):
+    broken = shutil.copytree(converted["llava15-m3"], tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:5000])
+    result = run(PICTURE, "?", "--model", broken)
+    assert result.exit_code == 1 and re.fullmatch(r"m3-ask: .*\n", result.stderr)

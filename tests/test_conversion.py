@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKPOINTS, GOLDENS
+from conftest import CHECKPOINTS, GOLDENS, golden, golden_tensors
 from conversion_checkpoints import (
     CLIP,
     NEW_VISION,
@@ -20,6 +20,8 @@ from conversion_checkpoints import (
     run,
     store,
 )
+from original_model import OriginalModel
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, GenerationConfig
 
 from conversion.convert import convert
@@ -281,6 +283,38 @@ class TestVisionTower:
             find_vision_tower({**config, "unfreeze_mm_vision_tower": False}, tmp_path, {}, None)
 
 
+def assert_answers_as_the_original(model: M3LlavaForConditionalGeneration, folder: Path, source: Path) -> None:
+    """The same ids and, within 1e-4, the same logits as the original's arithmetic, at the finest scale and a coarse one."""
+    original = OriginalModel(source, source.parent / CLIP)
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    picture, prompt = (
+        Image.open(GOLDENS / "images" / "img5_97x53.png").convert("RGB"),
+        "USER: <image>\nWhat? ASSISTANT:",
+    )
+    image_token_id = model.config.image_token_id
+    for scale in {max(processor.visual_token_scales), min(processor.visual_token_scales)}:
+        inputs = processor(images=picture, text=prompt, num_visual_tokens=scale, return_tensors="pt")
+        ids = inputs["input_ids"][0].tolist()
+        first, count = ids.index(image_token_id), ids.count(image_token_id)
+        pooled = None if len(processor.visual_token_scales) == 1 else scale
+        expected = original.logits(ids[: first + 1] + ids[first + count :], image_token_id, picture, pooled)
+        with torch.no_grad():
+            logits = model.eval()(**inputs).logits[0, :, :ROWS]
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in golden("llava15-m3")["cases"] if case["id"] in ("img5-s9", "img5-s576")]
+)
+def test_the_reference_equals_the_goldens(case):
+    """Else the variants would be compared with nothing."""
+    original = OriginalModel(GOLDENS / "llava15-m3", GOLDENS / CLIP)
+    picture = Image.open(GOLDENS / "images" / "img5_97x53.png").convert("RGB")
+    logits = original.logits(case["input_ids"][0], -200, picture, case["scale"])[case["positions"], ::16]
+    stored = golden_tensors("llava15-m3")[f"{case['id']}/logits_sub"][0]
+    torch.testing.assert_close(logits, stored, atol=1e-4, rtol=0)
+
+
 def linear(weights):
     return {
         "model.mm_projector.weight": weights["model.mm_projector.0.weight"],
@@ -311,6 +345,19 @@ VARIANTS = {
     "linear projector": (linear, {"mm_projector_type": "linear"}, {"multimodal_projector_depth": 1}),
     "three-layer projector": (three_layers, {"mm_projector_type": "mlp3x_gelu"}, {"multimodal_projector_depth": 3}),
     "mistral": (grouped_queries, {"model_type": "llava_mistral", "num_key_value_heads": 2, "sliding_window": None}, {}),
+    "mistral with a window": (
+        grouped_queries,
+        {"model_type": "llava_mistral", "num_key_value_heads": 2, "sliding_window": 20},
+        {},
+    ),
+    "square pictures": (lambda _: {}, {"image_aspect_ratio": "square"}, {}),
+    "first layer": (lambda _: {}, {"mm_vision_select_layer": 1}, {"vision_feature_layer": 1}),
+    "another rope": (lambda _: {}, {"rope_theta": 500000.0}, {}),
+    "settings that are null": (
+        lambda _: {},
+        {"tie_word_embeddings": None, "matryoshka_vis_token_scale": [], "mm_vision_select_layer": -2},
+        {"visual_token_scales": [1, 9, 36, 144, 576]},
+    ),
     "attention biases": (biases, {"attention_bias": True}, {}),
     "tied embeddings": (
         lambda _: {"lm_head.weight": None},
@@ -356,9 +403,11 @@ def test_variants(variant, tmp_path):
     change_weights(source, change(read_weights(source)))
     edit_json(source / "config.json", **settings)
     convert(source, tmp_path / "new")
-    config = load(tmp_path / "new").config.to_dict()
+    model = load(tmp_path / "new")
+    config = model.config.to_dict()
     assert {key: config[key] for key in expected} == expected
-    assert config["text_config"]["model_type"] == ("mistral" if variant == "mistral" else "llama")
+    assert config["text_config"]["model_type"] == ("mistral" if "mistral" in variant else "llama")
+    assert_answers_as_the_original(model, tmp_path / "new", source)
 
 
 def test_identity_projector(tmp_path):
@@ -374,7 +423,9 @@ def test_identity_projector(tmp_path):
     change_weights(source, small)
     edit_json(source / "config.json", hidden_size=32, mm_projector_type="identity")
     convert(source, tmp_path / "new")
-    assert load(tmp_path / "new").config.multimodal_projector_depth == 0
+    model = load(tmp_path / "new")
+    assert model.config.multimodal_projector_depth == 0
+    assert_answers_as_the_original(model, tmp_path / "new", source)
 
 
 def test_start_and_end_marks(tmp_path):

@@ -211,3 +211,22 @@ def test_a_generation_configuration_is_taken():
     inputs = tiny_inputs(model)
     config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert model.generate(**inputs, generation_config=config).shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_a_budget_that_does_not_fit_the_prompt_is_refused_with_beams_too():
+    model = tiny_model()
+    inputs = {**tiny_inputs(model, scales=(36,)), "num_visual_tokens": torch.tensor([9])}
+    for num_beams in (1, 2):
+        with pytest.raises(ValueError, match="36 placeholders for 9 visual tokens"):
+            answer(model, inputs, num_beams=num_beams)
+
+
+def test_prefilling_in_chunks_sees_the_images_or_is_refused():
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    try:
+        generated = answer(model, inputs, eos_token_id=None, prefill_chunk_size=16)
+    except ValueError as error:
+        assert "prefill_chunk_size" in str(error)
+    else:
+        assert torch.equal(generated, answer(model, inputs, eos_token_id=None))

@@ -17,6 +17,7 @@ from modeling_m3 import M3LlavaImageProcessor, M3LlavaImageProcessorPil
 PINPOINTS = [[672, 336], [336, 672], [672, 672], [336, 1008], [1008, 336]]
 SETTINGS = {"llava15-m3": {"do_pad": True}, "llava-next-m3": {"do_pad": False, "image_grid_pinpoints": PINPOINTS}}
 needs_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
+BACKENDS = [M3LlavaImageProcessorPil, pytest.param(M3LlavaImageProcessor, marks=needs_torchvision)]
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -88,9 +89,7 @@ def odd_picture(kind: str, folder: Path) -> Image.Image:
 
 
 @pytest.mark.parametrize("kind", ["CMYK", "P", "L", "1", "transparent", "16 bit", "EXIF-rotated"])
-@pytest.mark.parametrize(
-    "backend", [M3LlavaImageProcessorPil, pytest.param(M3LlavaImageProcessor, marks=needs_torchvision)]
-)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_odd_pictures_are_converted_as_the_original_converts_them(kind, backend, tmp_path):
     # The original opens every picture with `Image.open(...).convert("RGB")`.
     odd = odd_picture(kind, tmp_path)
@@ -99,20 +98,27 @@ def test_odd_pictures_are_converted_as_the_original_converts_them(kind, backend,
     assert np.abs(actual - expected).max() <= (0 if backend is M3LlavaImageProcessorPil else 2 / 255 / 0.26)
 
 
-def test_a_truncated_file_is_named(tmp_path):
+@pytest.mark.parametrize(("content", "message"), [
+    (None, r"half\.png.*complete"),
+    (b"", r"half\.png is not a picture"),
+    (b"this is no picture", r"half\.png is not a picture"),
+])  # fmt: skip
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_file_that_cannot_be_read_is_named(content, message, backend, tmp_path):
     file = tmp_path / "half.png"
-    file.write_bytes((GOLDENS / "images" / "img1_640x480.png").read_bytes()[:50_000])
-    with pytest.raises(ValueError, match=r"half\.png.*complete"):
-        M3LlavaImageProcessorPil()(Image.open(file))
+    file.write_bytes((GOLDENS / "images" / "img1_640x480.png").read_bytes()[:50_000] if content is None else content)
+    image_processor = backend()
+    with pytest.raises(ValueError, match=message):
+        image_processor(image_processor.fetch_images([str(file)]))
 
 
-@pytest.mark.parametrize("content", [b"", b"this is no picture"])
-def test_a_file_that_is_no_picture_is_named(tmp_path, content):
-    file = tmp_path / "nothing.png"
-    file.write_bytes(content)
-    image_processor = M3LlavaImageProcessorPil()
-    with pytest.raises(OSError, match=r"nothing\.png"):
-        image_processor(image_processor.fetch_images(str(file)))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_path_is_the_picture_that_lies_there(backend, tmp_path):
+    rotated = odd_picture("EXIF-rotated", tmp_path)
+    image_processor = backend()
+    fetched = image_processor.fetch_images(str(tmp_path / "rotated.jpg"))
+    assert fetched.size == rotated.size
+    assert np.array_equal(image_processor(fetched)["pixel_values"][0], image_processor(rotated)["pixel_values"][0])
 
 
 def test_pinpoints_that_are_not_whole_tiles_are_refused():
@@ -127,3 +133,11 @@ def test_pinpoints_of_one_call_leave_the_next_alone():
     image = picture("img5_97x53.png")
     assert image_processor(image, image_grid_pinpoints=[[1008, 1008]])["pixel_values"][0].shape[0] == 10
     assert image_processor(image)["pixel_values"][0].shape == (3, 336, 336)
+
+
+def test_tiles_are_fitted_by_bicubic_whatever_clip_asks_for():
+    # The original resizes pictures to their resolution with PIL's default.
+    settings = {"do_rescale": False, "do_normalize": False, "image_grid_pinpoints": [[336, 672]]}
+    image = picture("img3_1000x300.png")
+    bilinear = M3LlavaImageProcessorPil(resample=2, **settings)(image)["pixel_values"][0]
+    assert np.array_equal(bilinear, M3LlavaImageProcessorPil(**settings)(image)["pixel_values"][0])

@@ -74,7 +74,7 @@ def test_scales_follow_the_grid():
     ({"visual_token_sampling": "maximum"}, "'maximum'"),
     ({"patch_merge_type": "zigzag"}, "'zigzag'"),
     ({"image_grid_pinpoints": [[24, 25]]}, r"\[24, 25\]"),
-    ({"image_grid_pinpoints": []}, "empty"),
+    ({"image_grid_pinpoints": []}, "at least one"),
     ({"vision_feature_layer": -5}, "-5"),
     ({"multimodal_projector_depth": 0}, "16 and 32"),
 ])  # fmt: skip

@@ -267,3 +267,26 @@ def test_transformers_own_image_processors_will_do():
         images=Image.new("RGB", (30, 40)), text="look <image>", num_visual_tokens=36, return_tensors="pt"
     )
     assert count(inputs, processor) == [36]
+
+
+@pytest.mark.parametrize("images", [[], [[]], [[], []]])
+@pytest.mark.parametrize("name", ["llava15-m3", "llava-next-m3"])
+def test_no_image_for_any_prompt_is_text_alone(images, name, loaded):
+    model, processor = loaded[name]
+    text = ["USER: Hello ASSISTANT:"] * max(1, len(images))
+    inputs = processor(images=images, text=text, return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    assert model.generate(**inputs, max_new_tokens=2).shape[0] == len(text)
+
+
+@pytest.mark.parametrize("pinpoints", [[672, 672], [[672.0, 672.0]], [["672", "672"]], [], "672x672", [[500, 500]]])
+def test_wrong_pinpoints_are_refused(pinpoints, loaded):
+    _, processor = loaded["llava-next-m3"]
+    with pytest.raises(ValueError, match="image_grid_pinpoints"):
+        processor(images=picture("img5_97x53.png"), text=PROMPT, image_grid_pinpoints=pinpoints)
+
+
+@pytest.mark.parametrize("default", [[36], 100, "36"])
+def test_a_default_budget_must_be_one_number(default):
+    with pytest.raises(ValueError, match="num_visual_tokens"):
+        M3LlavaProcessor(M3LlavaImageProcessorPil(), word_tokenizer(), num_visual_tokens=default)

@@ -47,7 +47,7 @@ class M3LlavaProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: M3LlavaImagesKwargs
 
 
-# transformers before 5.20 reads the defaults here, and a TypedDict does not inherit them.
+# Older releases of transformers read the defaults here, and a TypedDict does not inherit them.
 M3LlavaProcessorKwargs._defaults = {}
 
 
@@ -129,9 +129,11 @@ class M3LlavaProcessor(ProcessorMixin):
             ValueError: for a number of visual tokens this checkpoint does not offer, for numbers of images and of
                 `<image>` marks that differ, and where truncation would cut an image's placeholders.
         """
-        if isinstance(images, (list, tuple)) and not any(not isinstance(i, (list, tuple)) or i for i in images):
+        if isinstance(images, (list, tuple)) and all(
+            isinstance(group, (list, tuple)) and not group for group in images
+        ):
             images = None  # no image for any prompt
-        # transformers before 5.20 empties the dicts it is handed: a caller's must survive for the next call.
+        # Older releases of transformers empty the dicts they are handed: a caller's must survive for the next call.
         kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
         return super().__call__(images=images, text=text, **kwargs)
 

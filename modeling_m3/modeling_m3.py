@@ -18,7 +18,6 @@ model. What happens to the visual tokens after the projector is in `visual_token
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -28,13 +27,14 @@ from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
 
 from .configuration_m3 import M3LlavaConfig
 from .generation_m3 import M3LlavaGenerationMixin
+from .outputs_m3 import M3LlavaCausalLMOutputWithPast, M3LlavaEncodedImages, M3LlavaModelOutputWithPast
 from .visual_tokens import (
     SAMPLINGS,
     check_choice,
@@ -42,7 +42,7 @@ from .visual_tokens import (
     merge_tiles,
     num_tiles,
     pool_tiles,
-    tile_grid,
+    split_tiles,
 )
 
 
@@ -64,39 +64,6 @@ FORWARD_ARGUMENTS = f"""{IMAGE_ARGUMENTS}
     mm_encoder_outputs (`dict`, *optional*):
         `{{"image": get_image_features(...)}}`, in place of `pixel_values`.
 """
-
-
-@auto_docstring
-@dataclass
-class M3LlavaModelOutputWithPast(BaseModelOutputWithPast):
-    r"""
-    image_hidden_states (`torch.FloatTensor` of shape `(all visual tokens, hidden_size)`, *optional*):
-        The visual tokens of all images, as they stand in the sequence.
-    """
-
-    image_hidden_states: torch.FloatTensor | None = None
-
-
-@auto_docstring
-@dataclass
-class M3LlavaCausalLMOutputWithPast(ModelOutput):
-    r"""
-    loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
-        Next-token prediction loss.
-    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
-        Scores of every token of the vocabulary, before the softmax.
-    past_key_values (`Cache`, *optional*):
-        Keys and values of the tokens seen so far.
-    image_hidden_states (`torch.FloatTensor` of shape `(all visual tokens, hidden_size)`, *optional*):
-        The visual tokens of all images, as they stand in the sequence.
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
 
 
 class M3LlavaUsedLayers(nn.ModuleList):
@@ -171,6 +138,74 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
             self.image_newline = None
         self.post_init()
 
+    @auto_docstring(
+        custom_intro="""
+        Images through the vision tower and the projector: what [`get_visual_tokens`] makes visual tokens of, at any scale.
+        """,
+        custom_args=IMAGE_ARGUMENTS,
+    )
+    def encode_images(
+        self,
+        pixel_values: torch.FloatTensor | list[torch.FloatTensor],
+        image_sizes: torch.LongTensor | list[list[int]] | None = None,
+        image_grid_pinpoints: list[list[int]] | None = None,
+        image_tile_grids: torch.LongTensor | list[list[int]] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> M3LlavaEncodedImages:
+        r"""
+        Returns [`M3LlavaEncodedImages`]. Raises `ValueError` for sizes or grids that do not fit the pixels.
+        """
+        config, sizes = self.config, _as_list(image_sizes)
+        pinpoints = config.image_grid_pinpoints if image_grid_pinpoints is None else image_grid_pinpoints
+        tile_size, grids = config.vision_config.image_size, _as_list(image_tile_grids)
+        tiles, grids = split_tiles(pixel_values, tile_size, sizes, pinpoints, grids)
+        outputs = self.vision_tower(torch.cat(tiles), **kwargs)
+        features = outputs.last_hidden_state
+        keeps_class_token = config.vision_feature_select_strategy == "full"
+        return M3LlavaEncodedImages(
+            last_hidden_state=features,
+            tile_features=self.multi_modal_projector(features if keeps_class_token else features[:, 1:]),
+            image_tile_grids=grids,
+            image_sizes=sizes,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def get_visual_tokens(
+        self,
+        encoded: M3LlavaEncodedImages,
+        num_visual_tokens: torch.LongTensor | list[int] | int | None = None,
+        visual_token_sampling: str | None = None,
+    ) -> list[torch.FloatTensor]:
+        """
+        The visual tokens of encoded images at one scale, or at each image's own; the vision tower does not run again.
+
+        Args:
+            encoded: what `encode_images` returned.
+            num_visual_tokens: tokens per tile, for all images or for each; the finest scale by default.
+            visual_token_sampling: how tiles are reduced to them; the configuration's way by default.
+
+        Returns:
+            One (`visual_tokens.count_visual_tokens(...)`, d) per image.
+
+        Raises:
+            ValueError: for a number the configuration does not offer, and for an unknown sampling.
+        """
+        config, grids = self.config, encoded.image_tile_grids
+        keeps_class_token = config.vision_feature_select_strategy == "full"
+        sampling = visual_token_sampling or config.visual_token_sampling
+        check_choice("visual_token_sampling", sampling, SAMPLINGS)
+        scales = check_num_visual_tokens(_as_list(num_visual_tokens), config.visual_token_scales, len(grids))
+        features, newline, tokens = encoded.tile_features, self.image_newline, []
+        if newline is not None:
+            newline = newline.to(features.device, features.dtype)
+        for index, image in enumerate(features.split([num_tiles(grid) for grid in grids])):
+            if not keeps_class_token:
+                image = pool_tiles(image, scales[index], sampling)
+            size = None if encoded.image_sizes is None else encoded.image_sizes[index]
+            tokens.append(merge_tiles(image, grids[index], size, config.patch_merge_type, newline))
+        return tokens
+
     @can_return_tuple
     @auto_docstring(
         custom_intro="""
@@ -195,69 +230,13 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
 
         Raises `ValueError` for sizes, grids or numbers of visual tokens that do not fit the pixels.
         """
-        config = self.config
-        sampling = visual_token_sampling or config.visual_token_sampling
-        check_choice("visual_token_sampling", sampling, SAMPLINGS)
-        sizes = _as_list(image_sizes)
-        tiles, grids = self._tiles(pixel_values, sizes, image_grid_pinpoints, _as_list(image_tile_grids))
-        scales = _as_list(num_visual_tokens)
-        scales = check_num_visual_tokens(scales, config.visual_token_scales, len(tiles))
-
-        outputs = self.vision_tower(torch.cat(tiles), **kwargs)
-        features = outputs.last_hidden_state
-        keeps_class_token = config.vision_feature_select_strategy == "full"
-        features = self.multi_modal_projector(features if keeps_class_token else features[:, 1:])
-
-        image_features = []
-        for index, image in enumerate(features.split([len(image) for image in tiles])):
-            if not keeps_class_token:
-                image = pool_tiles(image, scales[index], sampling)
-            newline = None if self.image_newline is None else self.image_newline.to(image.device, image.dtype)
-            size = None if sizes is None else sizes[index]
-            image_features.append(merge_tiles(image, grids[index], size, config.patch_merge_type, newline))
+        encoded = self.encode_images(pixel_values, image_sizes, image_grid_pinpoints, image_tile_grids, **kwargs)
         return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=image_features,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=self.get_visual_tokens(encoded, num_visual_tokens, visual_token_sampling),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
-
-    def _tiles(
-        self,
-        pixel_values: torch.FloatTensor | list[torch.FloatTensor],
-        image_sizes: list[list[int]] | None,
-        image_grid_pinpoints: list[list[int]] | None,
-        image_tile_grids: list[list[int]] | None,
-    ) -> tuple[list[torch.FloatTensor], list[tuple[int, int] | None]]:
-        """Each image's tiles, (t, c, h, w) without the padding of the batch, and their (rows, columns)."""
-        images = list(pixel_values)
-        if images[0].ndim == 3:
-            return [image[None] for image in images], [None] * len(images)
-        if images[0].ndim != 4:
-            raise ValueError(
-                f"pixel_values of one image have the shape {tuple(images[0].shape)}: expected (channels, height, width), "
-                "or (tiles, channels, height, width)."
-            )
-        if all(len(image) == 1 for image in images):
-            return images, [(0, 0)] * len(images)
-        if image_tile_grids is None:
-            pinpoints = self.config.image_grid_pinpoints if image_grid_pinpoints is None else image_grid_pinpoints
-            if image_sizes is None or pinpoints is None:
-                raise ValueError(
-                    "pixel_values hold several tiles per image: pass the processor's image_sizes, and image_grid_pinpoints "
-                    "where the configuration has none."
-                )
-            tile_size = self.config.vision_config.image_size
-            image_tile_grids = [tile_grid(size, pinpoints, tile_size) for size in image_sizes]
-        grids = [tuple(grid) for grid in image_tile_grids]
-        counts = [num_tiles(grid) for grid in grids]
-        if len(counts) != len(images) or any(len(image) < count for image, count in zip(images, counts)):
-            raise ValueError(
-                f"pixel_values hold {[len(image) for image in images]} tiles, but image_sizes and the grid pinpoints say "
-                f"{counts}. Were the images prepared with other image_grid_pinpoints? Then pass those, or the "
-                "processor's image_tile_grids."
-            )
-        return [image[:count] for image, count in zip(images, counts)], grids
 
     def get_placeholder_mask(
         self,
@@ -377,6 +356,24 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         return self.model.get_image_features(pixel_values, image_sizes, num_visual_tokens, **kwargs)
+
+    @auto_docstring(custom_intro="See [`M3LlavaModel.encode_images`].", custom_args=IMAGE_ARGUMENTS)
+    def encode_images(
+        self,
+        pixel_values: torch.FloatTensor | list[torch.FloatTensor],
+        image_sizes: torch.LongTensor | list[list[int]] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> M3LlavaEncodedImages:
+        return self.model.encode_images(pixel_values, image_sizes, **kwargs)
+
+    def get_visual_tokens(
+        self,
+        encoded: M3LlavaEncodedImages,
+        num_visual_tokens: torch.LongTensor | list[int] | int | None = None,
+        visual_token_sampling: str | None = None,
+    ) -> list[torch.FloatTensor]:
+        """See [`M3LlavaModel.get_visual_tokens`]."""
+        return self.model.get_visual_tokens(encoded, num_visual_tokens, visual_token_sampling)
 
     @can_return_tuple
     @auto_docstring(custom_args=FORWARD_ARGUMENTS)

@@ -139,6 +139,57 @@ def num_tiles(grid: tuple[int, int] | None) -> int:
     return 1 if grid is None else 1 + grid[0] * grid[1]
 
 
+def split_tiles(
+    pixel_values: torch.Tensor | list[torch.Tensor],
+    tile_size: int,
+    image_sizes: Sequence[Sequence[int]] | None = None,
+    image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
+    image_tile_grids: Sequence[Sequence[int]] | None = None,
+) -> tuple[list[torch.Tensor], list[tuple[int, int] | None]]:
+    """The tiles of each image, without the padding of the batch, and how they are arranged.
+
+    Args:
+        pixel_values: (images, channels, height, width), one view per image; or (images, tiles, channels, height, width)
+            with zeros after an image's last tile; or a list with one such tensor per image.
+        tile_size: side of a tile in pixels.
+        image_sizes: (height, width) of the original images in pixels.
+        image_grid_pinpoints: (height, width) pairs the tiles were cut from.
+        image_tile_grids: (rows, columns) of tiles of every image, in place of the two above.
+
+    Returns:
+        One (t, channels, height, width) per image, and its grid as `num_tiles` takes it.
+
+    Raises:
+        ValueError: for pixels of another shape, tiles without a word on their grid, and tiles that are not the grid's.
+    """
+    images = list(pixel_values)
+    if images[0].ndim == 3:
+        return [image[None] for image in images], [None] * len(images)
+    if images[0].ndim != 4:
+        raise ValueError(
+            f"pixel_values of one image have the shape {tuple(images[0].shape)}: expected (channels, height, width), "
+            "or (tiles, channels, height, width)."
+        )
+    if all(len(image) == 1 for image in images):
+        return images, [(0, 0)] * len(images)
+    if image_tile_grids is None:
+        if image_sizes is None or image_grid_pinpoints is None:
+            raise ValueError(
+                "pixel_values hold several tiles per image: pass the processor's image_sizes, and image_grid_pinpoints "
+                "where the configuration has none."
+            )
+        image_tile_grids = [tile_grid(size, image_grid_pinpoints, tile_size) for size in image_sizes]
+    grids = [tuple(grid) for grid in image_tile_grids]
+    counts = [num_tiles(grid) for grid in grids]
+    if len(counts) != len(images) or any(len(image) < count for image, count in zip(images, counts)):
+        raise ValueError(
+            f"pixel_values hold {[len(image) for image in images]} tiles, but image_sizes and the grid pinpoints say "
+            f"{counts}. Were the images prepared with other image_grid_pinpoints? Then pass those, or the "
+            "processor's image_tile_grids."
+        )
+    return [image[:count] for image, count in zip(images, counts)], grids
+
+
 def count_visual_tokens(
     scale: int,
     grid: tuple[int, int] | None,

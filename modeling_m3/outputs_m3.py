@@ -1,0 +1,72 @@
+# Copyright 2026 The M3 for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the M3 model returns."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
+from transformers.utils import auto_docstring
+
+
+@dataclass
+class M3LlavaEncodedImages(ModelOutput):
+    """
+    Images after vision tower and projector, before pooling: all that their visual tokens, at every scale, are made from.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(all tiles, 1 + patches, vision hidden size)`):
+            The output of the vision tower's selected layer.
+        tile_features (`torch.FloatTensor` of shape `(all tiles, tokens per tile, hidden_size)`):
+            What the projector made of it: the finest visual tokens of every tile, image after image.
+        image_tile_grids (`list[tuple[int, int] | None]`):
+            (rows, columns) of tiles of every image, as in `visual_tokens.num_tiles`, which says how many tiles it has.
+        image_sizes (`list[list[int]]`, *optional*):
+            (height, width) of the original images in pixels.
+        hidden_states, attentions (`tuple[torch.FloatTensor]`, *optional*):
+            The vision tower's, if they were asked for.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    tile_features: torch.FloatTensor | None = None
+    image_tile_grids: list[tuple[int, int] | None] | None = None
+    image_sizes: list[list[int]] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@auto_docstring
+@dataclass
+class M3LlavaModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    image_hidden_states (`torch.FloatTensor` of shape `(all visual tokens, hidden_size)`, *optional*):
+        The visual tokens of all images, as they stand in the sequence.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@auto_docstring
+@dataclass
+class M3LlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
+    r"""
+    loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
+        Next-token prediction loss.
+    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
+        Scores of every token of the vocabulary, before the softmax.
+    image_hidden_states (`torch.FloatTensor` of shape `(all visual tokens, hidden_size)`, *optional*):
+        The visual tokens of all images, as they stand in the sequence.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None

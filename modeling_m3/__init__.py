@@ -20,6 +20,7 @@ REMOTE_CODE_FILES = (
     "generation_m3.py",
     "image_processing_m3.py",
     "modeling_m3.py",
+    "objective_m3.py",
     "outputs_m3.py",
     "processing_m3.py",
     "visual_tokens.py",

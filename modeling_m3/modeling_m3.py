@@ -34,6 +34,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .configuration_m3 import M3LlavaConfig
 from .generation_m3 import M3LlavaGenerationMixin
+from .objective_m3 import matryoshka_loss
 from .outputs_m3 import M3LlavaCausalLMOutputWithPast, M3LlavaEncodedImages, M3LlavaModelOutputWithPast
 from .visual_tokens import (
     SAMPLINGS,
@@ -63,6 +64,11 @@ IMAGE_ARGUMENTS = r"""
 FORWARD_ARGUMENTS = f"""{IMAGE_ARGUMENTS}
     mm_encoder_outputs (`dict`, *optional*):
         `{{"image": get_image_features(...)}}`, in place of `pixel_values`.
+"""
+TRAINING_ARGUMENTS = f"""{FORWARD_ARGUMENTS}
+    matryoshka_scales (`list[int]`, *optional*):
+        Train at these numbers of visual tokens at once: `loss` is then the average of the losses at each of them
+        (`scale_losses`). `input_ids` and `labels` are made at the largest, or at a larger one. See `objective_m3.py`.
 """
 
 
@@ -376,7 +382,7 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
         return self.model.get_visual_tokens(encoded, num_visual_tokens, visual_token_sampling)
 
     @can_return_tuple
-    @auto_docstring(custom_args=FORWARD_ARGUMENTS)
+    @auto_docstring(custom_args=TRAINING_ARGUMENTS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -393,8 +399,29 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
         image_grid_pinpoints: list[list[int]] | None = None,
         image_tile_grids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        matryoshka_scales: list[int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | M3LlavaCausalLMOutputWithPast:
+        if matryoshka_scales is not None:
+            encoded = None
+            if pixel_values is not None:
+                encoded = self.model.encode_images(pixel_values, image_sizes, image_grid_pinpoints, image_tile_grids)
+            loss, scale_losses = matryoshka_loss(
+                self,
+                matryoshka_scales,
+                encoded,
+                input_ids=input_ids,
+                labels=labels,
+                attention_mask=attention_mask,
+                num_visual_tokens=_as_list(num_visual_tokens),
+                visual_token_sampling=visual_token_sampling,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                mm_encoder_outputs=mm_encoder_outputs,
+                **kwargs,
+            )
+            return M3LlavaCausalLMOutputWithPast(loss=loss, scale_losses=scale_losses)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

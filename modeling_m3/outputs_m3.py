@@ -62,11 +62,14 @@ class M3LlavaModelOutputWithPast(BaseModelOutputWithPast):
 class M3LlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
     r"""
     loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
-        Next-token prediction loss.
+        Next-token prediction loss; with `matryoshka_scales`, its average over them.
     logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
-        Scores of every token of the vocabulary, before the softmax.
+        Scores of every token of the vocabulary, before the softmax. None with `matryoshka_scales`.
     image_hidden_states (`torch.FloatTensor` of shape `(all visual tokens, hidden_size)`, *optional*):
         The visual tokens of all images, as they stand in the sequence.
+    scale_losses (`torch.FloatTensor` of shape `(scales,)`, *optional*, returned when `matryoshka_scales` is provided):
+        The loss at every scale, without gradients.
     """
 
     image_hidden_states: torch.FloatTensor | None = None
+    scale_losses: torch.FloatTensor | None = None

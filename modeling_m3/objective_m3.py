@@ -1,0 +1,284 @@
+# Copyright 2026 The M3 for Hugging Face authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The Matryoshka objective: the next-token loss averaged over scales (paper equation 3.2), at little more than one's cost.
+
+The original writes a prompt, encodes its images and runs the language model anew for every scale, and keeps all of it until
+one backward. Here images are encoded once, coarser prompts are cut out of the finest one, logits are computed only where
+there is a label, and one scale is done with, gradients included, before the next begins.
+
+Shapes use: b prompts, s sequence length, i images, m scales, d hidden size of the language model.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .outputs_m3 import M3LlavaEncodedImages
+from .visual_tokens import check_num_visual_tokens, count_visual_tokens
+
+
+def matryoshka_loss(
+    model: nn.Module,
+    scales: list[int],
+    encoded: M3LlavaEncodedImages | None,
+    input_ids: torch.LongTensor | None,
+    labels: torch.LongTensor | None,
+    attention_mask: torch.Tensor | None = None,
+    num_visual_tokens: list[int] | int | None = None,
+    visual_token_sampling: str | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss averaged over scales, and the loss at each, from inputs made at the finest of them or a finer one.
+
+    Args:
+        model: the `M3LlavaForConditionalGeneration` to train.
+        scales: m numbers of visual tokens per tile, each for all images.
+        encoded: the images, from `encode_images`; None for a batch of text.
+        input_ids: (b, s), padded on either side.
+        labels: (b, s), -100 wherever there is nothing to predict, placeholders included.
+        attention_mask: (b, s); None if nothing is padding.
+        num_visual_tokens: the scale that each image's placeholders were written at; None for the finest.
+        visual_token_sampling: how tiles are reduced; the configuration's way by default.
+        kwargs: for the language model and the loss function, such as `num_items_in_batch`.
+
+    Returns:
+        The average, a scalar with gradients, and the losses (m,) without.
+
+    Raises:
+        ValueError: for scales the inputs cannot be cut to, for missing or wrong labels, for another number of placeholders
+            than the images have, and for inputs of `forward` that cannot be cut along.
+    """
+    config = model.config
+    num_images = 0 if encoded is None else len(encoded.image_tile_grids)
+    written = check_num_visual_tokens(num_visual_tokens, config.visual_token_scales, num_images)
+    _check_scales(scales, config.visual_token_scales, written)
+    _check_inputs(input_ids, labels, attention_mask, kwargs)
+    placeholders = input_ids == config.image_token_id
+    if (labels[placeholders] != -100).any():
+        raise ValueError(
+            f"labels ask to predict {int((labels[placeholders] != -100).sum())} placeholder(s) of images, which differ from "
+            f"scale to scale. Set labels to -100 where input_ids is {config.image_token_id}."
+        )
+    lengths = _lengths(config, encoded, written)
+    if placeholders.sum() != sum(lengths):
+        raise ValueError(
+            f"The prompts have {int(placeholders.sum())} placeholders for {num_images} image(s) of {lengths} visual tokens. "
+            "Pass all that the processor returned, num_visual_tokens, image_sizes and image_tile_grids included."
+        )
+
+    def loss_at(tile_features: torch.Tensor | None, scale: int) -> torch.Tensor:
+        if tile_features is None:
+            inputs, targets = {"input_ids": input_ids, "attention_mask": attention_mask}, labels
+        else:
+            kept = _lengths(config, encoded, [scale] * num_images)
+            inputs, targets = _cut(input_ids, labels, attention_mask, config.image_token_id, lengths, kept)
+            images = replace(encoded, tile_features=tile_features)
+            tokens = model.model.get_visual_tokens(images, scale, visual_token_sampling)
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tokens)}
+        hidden = model.model(**inputs, use_cache=False, **kwargs).last_hidden_state
+        # Most of the memory of a short prompt is logits over a whole vocabulary, and most positions have no label.
+        targets = nn.functional.pad(targets[:, 1:], (0, 1), value=-100).to(hidden.device)
+        supervised = targets != -100
+        return model.loss_function(
+            logits=model.lm_head(hidden[supervised]),
+            labels=None,
+            vocab_size=config.text_config.vocab_size,
+            shift_labels=targets[supervised],
+            **kwargs,
+        )
+
+    if encoded is None:  # text is the same at every scale
+        loss = loss_at(None, scales[0])
+        return loss, loss.detach().expand(len(scales))
+    return average_over_scales(loss_at, encoded.tile_features, scales, model)
+
+
+def average_over_scales(
+    loss_at: Callable[[torch.Tensor, int], torch.Tensor],
+    tile_features: torch.Tensor,
+    scales: list[int],
+    model: nn.Module,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Averages `loss_at(tile_features, scale)` over scales, with one scale's graph in memory at a time.
+
+    In one of two ways. As a rule each scale's gradients are taken at once, inside the forward, and handed on by one backward
+    (`_GradientsInForward`): nothing is computed twice, and hooks on parameters, by which DDP synchronises, fire once. That
+    cannot be where parameters are there only while a wrapper calls for them (FSDP, ZeRO-3), nor where a loss in float16 is
+    to be scaled before any gradient is taken. There each scale is a checkpoint, recomputed during an ordinary backward.
+
+    Args:
+        loss_at: gives a scalar.
+        tile_features: (all tiles, tokens per tile, d).
+        scales: m scales.
+        model: whose parameters `loss_at` uses, all but those of vision tower and projector.
+
+    Returns:
+        The average, a scalar, and the losses (m,) without gradients.
+    """
+    encoder = {
+        id(p) for part in ("vision_tower", "multi_modal_projector") for p in getattr(model.model, part).parameters()
+    }
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in encoder]
+    trains = torch.is_grad_enabled() and (tile_features.requires_grad or len(parameters) > 0)
+    if trains and len(scales) > 1:
+        if not _needs_native_graph(model, tile_features.device.type):
+            return _GradientsInForward.apply(loss_at, scales, tile_features, *parameters)
+        losses = [checkpoint(loss_at, tile_features, scale, use_reentrant=False) for scale in scales]
+    else:
+        losses = [loss_at(tile_features, scale) for scale in scales]
+    losses = torch.stack(losses)
+    return losses.mean(), losses.detach()
+
+
+class _GradientsInForward(torch.autograd.Function):
+    """Mean of losses whose gradients are already known when it is returned.
+
+    The features are cut off from the encoder's graph, so that the graph of a scale ends there and is freed with it.
+    Parameters are inputs although `loss_at` finds them by itself: that is where autograd delivers their gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, loss_at, scales, features, *parameters):
+        leaf = features.detach().requires_grad_(features.requires_grad)
+        inputs = [tensor for tensor in (leaf, *parameters) if tensor.requires_grad]
+        sums, losses = [None] * len(inputs), {}
+        for scale in sorted(scales, reverse=True):  # the largest graph while there are no gradients yet
+            with torch.enable_grad():
+                loss = loss_at(leaf, scale) / len(scales)
+            losses[scale] = loss.detach() * len(scales)
+            if loss.requires_grad:
+                _add(sums, list(torch.autograd.grad(loss, inputs, allow_unused=True)))
+        ctx.gradients = sums if leaf.requires_grad else [None, *sums]
+        losses = torch.stack([losses[scale] for scale in scales])
+        ctx.mark_non_differentiable(losses)
+        return losses.mean(), losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output, _):
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "The Matryoshka loss has been backpropagated already: its gradients are no longer stored."
+            )
+        for index, gradient in enumerate(gradients):  # one by one, so that they are never held twice
+            if gradient is not None:
+                gradients[index] = gradient * grad_output
+        return None, None, *gradients
+
+
+def _add(sums: list[torch.Tensor | None], gradients: list[torch.Tensor | None]) -> None:
+    for index, (old, new) in enumerate(zip(sums, gradients)):
+        gradients[index] = None  # freed as soon as it is added
+        if new is not None:
+            sums[index] = new if old is None else old + new
+
+
+def _needs_native_graph(model: nn.Module, device: str) -> bool:
+    """Whether gradients can only be taken by an ordinary backward; see `average_over_scales`."""
+    wrappers = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    sharded = not wrappers.isdisjoint(("FullyShardedDataParallel", "FSDPModule")) or any(
+        hasattr(parameter, "ds_id") or hasattr(parameter, "full_tensor") for parameter in model.parameters()
+    )
+    return sharded or (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16)
+
+
+def _lengths(config: Any, encoded: M3LlavaEncodedImages | None, scales: list[int]) -> list[int]:
+    """How many visual tokens each image has at its scale."""
+    if encoded is None:
+        return []
+    sizes = encoded.image_sizes or [None] * len(scales)
+    class_tokens = int(config.vision_feature_select_strategy == "full")
+    return [
+        count_visual_tokens(scale, grid, size, config.patch_merge_type, class_tokens)
+        for scale, grid, size in zip(scales, encoded.image_tile_grids, sizes)
+    ]
+
+
+def _cut(
+    input_ids: torch.LongTensor,
+    labels: torch.LongTensor,
+    attention_mask: torch.Tensor | None,
+    image_token_id: int,
+    lengths: list[int],
+    kept: list[int],
+) -> tuple[dict[str, torch.Tensor | None], torch.LongTensor]:
+    """Prompts with fewer placeholders: the first `kept` of the `lengths` that each image has, all else as it was.
+
+    Images may be adjacent, so where one ends is known from `lengths` alone. Rows that become shorter than the longest are
+    padded on the right; padding that was there before stays where it is, on either side.
+
+    Args:
+        input_ids, labels: (b, s).
+        attention_mask: (b, s) or None.
+        lengths, kept: i numbers.
+
+    Returns:
+        `input_ids` and `attention_mask` for the model, and labels, each (b, length of the longest row).
+    """
+    stays = torch.ones_like(input_ids, dtype=torch.bool)
+    within_image = [torch.arange(n, device=stays.device) < k for n, k in zip(lengths, kept)]
+    stays[input_ids == image_token_id] = torch.cat(within_image)
+    order = stays.sort(dim=1, descending=True, stable=True).indices[:, : stays.sum(dim=1).max()]
+    padding = ~stays.gather(1, order)
+    if attention_mask is not None:
+        attention_mask = attention_mask.gather(1, order).masked_fill(padding, 0)
+    elif padding.any():
+        attention_mask = (~padding).long()
+    no_image = int(image_token_id == 0)  # any id that is not the placeholder's
+    inputs = {"input_ids": input_ids.gather(1, order).masked_fill(padding, no_image), "attention_mask": attention_mask}
+    return inputs, labels.gather(1, order).masked_fill(padding, -100)
+
+
+def _check_scales(scales: list[int], offered: list[int], written: list[int]) -> None:
+    if not scales or len(set(scales)) != len(scales):
+        raise ValueError(f"matryoshka_scales={scales!r}: give at least one scale, and none twice.")
+    for scale in scales:
+        if scale not in offered:
+            raise ValueError(
+                f"matryoshka_scales={scales!r}: {scale!r} is not a number of visual tokens this model offers. Choose from "
+                f"{sorted(offered)}."
+            )
+        if written and scale > min(written):
+            raise ValueError(
+                f"matryoshka_scales={scales!r}: the inputs were made at num_visual_tokens={min(written)}, which has no "
+                f"{scale} tokens to train with. Make them at {max(scales)} or more."
+            )
+
+
+def _check_inputs(
+    input_ids: torch.Tensor | None, labels: torch.Tensor | None, attention_mask: torch.Tensor | None, kwargs: dict
+) -> None:
+    """Raises `ValueError` for what cannot be cut to a scale, and takes the arguments that are refused out of `kwargs`."""
+    if input_ids is None:
+        raise ValueError(
+            "matryoshka_scales needs input_ids, to cut prompts to every scale; inputs_embeds do not show how."
+        )
+    if labels is None:
+        raise ValueError("matryoshka_scales averages losses: pass labels, or one num_visual_tokens in its place.")
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} cannot be cut to every scale: with matryoshka_scales, "
+            "pass one of shape (batch, sequence length)."
+        )
+    for name in ("inputs_embeds", "position_ids", "past_key_values", "mm_encoder_outputs"):
+        if kwargs.pop(name, None) is not None:
+            raise ValueError(
+                f"{name} cannot be given with matryoshka_scales, as it differs from scale to scale. Leave it out."
+            )

@@ -219,10 +219,10 @@ def _cut(
     lengths: list[int],
     kept: list[int],
 ) -> tuple[dict[str, torch.Tensor | None], torch.LongTensor]:
-    """Prompts with fewer placeholders: the first `kept` of the `lengths` that each image has, all else as it was.
+    """Prompts with fewer placeholders: the first `kept` of the `lengths` that each image has, and no more padding than needed.
 
-    Images may be adjacent, so where one ends is known from `lengths` alone. Rows that become shorter than the longest are
-    padded on the right; padding that was there before stays where it is, on either side.
+    Images may be adjacent, so where one ends is known from `lengths` alone. Padding may be on either side; what is needed
+    of it afterwards is on the right.
 
     Args:
         input_ids, labels: (b, s).
@@ -233,6 +233,10 @@ def _cut(
         `input_ids` and `attention_mask` for the model, and labels, each (b, length of the longest row).
     """
     stays = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        content = (attention_mask != 0) | (labels != -100)
+        seen = content.cumsum(dim=1)
+        stays = content | ((seen > 0) & (seen < seen[:, -1:]))  # a gap in the mask is no padding
     within_image = [torch.arange(n, device=stays.device) < k for n, k in zip(lengths, kept)]
     stays[input_ids == image_token_id] = torch.cat(within_image)
     order = stays.sort(dim=1, descending=True, stable=True).indices[:, : stays.sum(dim=1).max()]

@@ -1,12 +1,16 @@
 """The Matryoshka objective: the original's losses and gradients, and those of the plain way in every mode of training."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import GOLDENS, golden_tensors, picture
+from conftest import GOLDENS, golden_tensors, picture, tiny_config
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from conversion.mapping import CHECKPOINT_KEYS, remap_key
+from modeling_m3 import M3LlavaForConditionalGeneration, objective_m3
+from modeling_m3.visual_tokens import count_visual_tokens, num_tiles, tile_grid
 
 
 TRAIN = json.loads((GOLDENS / "expected" / "train.llava15-m3.json").read_text(encoding="utf-8"))
@@ -106,3 +110,385 @@ def test_four_steps_of_the_original(case, fresh):
         optimizer.step()
         losses.append(loss.item())
     assert losses == pytest.approx(case["adamw_losses_no_grad_removed"], abs=1e-3)
+
+
+# Against the plain way: every scale by itself, with the inputs made for it
+
+TINY_SCALES = [1, 9, 36, 144]
+ANYRES = {"image_grid_pinpoints": [[24, 48], [48, 24], [48, 48]], "patch_merge_type": "spatial_unpad"}
+SIZES = ((30, 20), (20, 47), (5, 48))  # (height, width), in turn
+# What a batch looks like: per prompt its numbers of text tokens, with None for an image.
+LAYOUTS = {
+    "one image each": [[3, None, 5], [2, None, 6]],
+    "ragged": [[3, None, 5, None, 4], [None, 9], [4, None, 2]],
+    "adjacent images": [[2, None, None, 5], [None, None, None, 3]],
+    "a row of text": [[3, None, 5], [11]],
+    "text that is the longest row at some scales": [[3, None, 5], [60]],
+}
+
+
+def tiny_model(**overrides):
+    torch.manual_seed(0)
+    return M3LlavaForConditionalGeneration(tiny_config(**overrides)).train()
+
+
+def tiny_batch(config, rows, scale, padding_side="right"):
+    """What a processor makes of such prompts at a scale. Every text token is to be predicted but a row's first."""
+    generator = torch.Generator().manual_seed(1)
+    ids, grids, sizes = [], [], []
+    for row in rows:
+        ids.append(torch.empty(0, dtype=torch.long))
+        for part in row:
+            if part is None:
+                sizes.append(SIZES[len(sizes) % len(SIZES)])
+                pinpoints = config.image_grid_pinpoints
+                grids.append(pinpoints and tile_grid(sizes[-1], pinpoints, 24))
+                length = count_visual_tokens(scale, grids[-1], sizes[-1], config.patch_merge_type)
+                new = torch.full((length,), config.image_token_id)
+            else:
+                new = torch.randint(3, 90, (part,), generator=generator)
+            ids[-1] = torch.cat([ids[-1], new])
+    input_ids, labels, mask = (
+        torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=value, padding_side=padding_side)
+        for values, value in (
+            (ids, 0),
+            ([torch.cat([torch.tensor([-100]), row[1:]]) for row in ids], -100),
+            ([torch.ones_like(row) for row in ids], 0),
+        )
+    )
+    labels = labels.masked_fill(input_ids == config.image_token_id, -100)
+    batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    if sizes:
+        tiles = [torch.randn(num_tiles(grid), 3, 24, 24, generator=generator) for grid in grids]
+        pixels = torch.nn.utils.rnn.pad_sequence(tiles, batch_first=True)
+        batch |= {
+            "pixel_values": pixels[:, 0] if config.image_grid_pinpoints is None else pixels,
+            "image_sizes": torch.tensor(sizes),
+            "num_visual_tokens": torch.full((len(sizes),), scale),
+        }
+    return batch
+
+
+def gradients(model):
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_same(ours, plain, tolerance=1e-5):
+    """Relative to each parameter, or to a thousandth of them all where there is next to nothing (biases of keys)."""
+    assert ours.keys() == plain.keys()
+    least = 1e-3 * torch.stack([gradient.norm() for gradient in plain.values()]).norm()
+    for name, expected in plain.items():
+        assert (ours[name] - expected).norm() <= tolerance * max(expected.norm(), least), name
+
+
+def compare(model, rows, tolerance=1e-5, padding_side="right", context=nullcontext, scales=TINY_SCALES, **kwargs):
+    """Asserts that losses and gradients over `scales` are those of the plain way."""
+    losses = []
+    for scale in scales:
+        with context():
+            losses.append(model(**tiny_batch(model.config, rows, scale, padding_side), **kwargs).loss)
+    torch.stack(losses).mean().backward()
+    expected = gradients(model)
+    assert expected
+    with context():
+        batch = tiny_batch(model.config, rows, max(TINY_SCALES), padding_side)
+        output = model(**batch, matryoshka_scales=scales, **kwargs)
+    output.loss.backward()
+    torch.testing.assert_close(output.scale_losses, torch.stack(losses).detach(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(output.loss, output.scale_losses.mean(), rtol=1e-6, atol=1e-6)
+    assert not output.scale_losses.requires_grad
+    assert_same(gradients(model), expected, tolerance)
+
+
+@pytest.fixture(params=["in forward", "native graph"])
+def strategy(request, monkeypatch):
+    """Both ways in which gradients are taken."""
+    monkeypatch.setattr(objective_m3, "_needs_native_graph", lambda *_: request.param == "native graph")
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("kind", ["flat", "anyres"])
+@pytest.mark.parametrize("rows", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_gradients_equal_the_plain_way(rows, kind, padding_side, strategy):
+    compare(tiny_model(**(ANYRES if kind == "anyres" else {})), rows, padding_side=padding_side)
+
+
+@pytest.mark.parametrize("frozen", [
+    ("vision_tower",), ("multi_modal_projector",), ("vision_tower", "multi_modal_projector"),
+    ("language_model", "lm_head"), ("language_model", "lm_head", "image_newline"),
+])  # fmt: skip
+def test_frozen_parts(frozen, strategy):
+    model = tiny_model(**ANYRES)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in frozen))
+    compare(model, LAYOUTS["ragged"])
+
+
+def test_tied_embeddings(strategy):
+    model = tiny_model(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    compare(model, LAYOUTS["ragged"])
+
+
+def test_gradient_checkpointing(strategy):
+    model = tiny_model()
+    model.gradient_checkpointing_enable()
+    compare(model, LAYOUTS["ragged"])
+
+
+def test_autocast(strategy):
+    # Each way rounds to bfloat16 at other places; measured: 0.0064.
+    compare(tiny_model(), LAYOUTS["ragged"], tolerance=0.02, context=lambda: torch.autocast("cpu", torch.bfloat16))
+
+
+def test_adapters(strategy):
+    peft = pytest.importorskip("peft")
+    targets = r".*language_model.*(q_proj|v_proj)|.*vision_tower.*q_proj"
+    adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=targets, init_lora_weights=False))
+    compare(adapted, LAYOUTS["ragged"])
+
+
+@pytest.mark.parametrize("scales", [[144], [9], [9, 1], [36, 144, 1]])
+def test_any_choice_of_scales(scales, strategy):
+    compare(tiny_model(), LAYOUTS["ragged"], scales=scales)
+
+
+def test_other_samplings(strategy):
+    compare(tiny_model(), LAYOUTS["ragged"], visual_token_sampling="spatial")
+
+
+def test_the_number_of_items_divides_the_sum(strategy):
+    compare(tiny_model(), LAYOUTS["ragged"], num_items_in_batch=torch.tensor(100))
+
+
+class Echo(torch.nn.Module):
+    """Stands for a language model: what it is given can be compared at once, and thousands of tokens cost nothing."""
+
+    def forward(self, inputs_embeds, **kwargs):
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("name", ["llava15-m3", "llava-next-m3"])
+def test_inputs_are_cut_to_what_the_processor_writes(name, padding_side, fresh):
+    """Real pictures and prompts of both families."""
+    model, processor = fresh(name)
+    embed_tokens = model.get_input_embeddings()
+    model.model.get_input_embeddings = lambda: embed_tokens
+    model.model.language_model = Echo()
+    pictures = [picture("img3_1000x300.png"), picture("img4_200x700.png"), picture("img5_97x53.png")]
+    prompts = [
+        "Compare <image><image> briefly. A: no",
+        "What is <image>\nhere? A: a code of many letters",
+        "No picture.",
+    ]
+
+    def prepare(scale):
+        inputs = processor(
+            images=pictures,
+            text=prompts,
+            num_visual_tokens=scale,
+            padding=True,
+            padding_side=padding_side,
+            return_tensors="pt",
+        )
+        unlabelled = (inputs["input_ids"] == model.config.image_token_id) | (inputs["attention_mask"] == 0)
+        unlabelled |= inputs["input_ids"] == processor.tokenizer.bos_token_id
+        return inputs | {"labels": inputs["input_ids"].masked_fill(unlabelled, -100)}
+
+    def whole_rows(inputs):
+        return [row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+
+    cut = []
+    hook = model.model.register_forward_pre_hook(lambda module, args, kwargs: cut.append(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        output = model(**prepare(576), matryoshka_scales=[576, 144, 36, 9, 1])
+        hook.remove()
+        for scale, kwargs, loss in zip([576, 144, 36, 9, 1], cut, output.scale_losses):
+            inputs = prepare(scale)
+            assert whole_rows(kwargs) == whole_rows(inputs)
+            assert kwargs["input_ids"].shape == inputs["input_ids"].shape
+            assert loss.item() == pytest.approx(model(**inputs).loss.item(), abs=1e-5)
+
+
+# How it is computed
+
+
+def test_images_are_encoded_once(strategy):
+    model, calls = tiny_model(**ANYRES), []
+    for part in (model.model.vision_tower, model.model.multi_modal_projector):
+        part.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+    batch = tiny_batch(model.config, LAYOUTS["ragged"], 144)
+    model(**batch, matryoshka_scales=TINY_SCALES).loss.backward()
+    assert calls == ["CLIPVisionModel", "M3LlavaMultiModalProjector"]
+
+
+def test_one_graph_at_a_time():
+    """What autograd keeps when a scale begins is the encoder's graph, and never more than one scale's on top of it."""
+    model = tiny_model()
+    batch = tiny_batch(model.config, LAYOUTS["one image each"], 144)
+    kept, peak, at_start = 0, 0, []
+
+    class Saved:
+        def __init__(self, tensor):
+            nonlocal kept, peak
+            self.tensor = tensor
+            kept += tensor.nbytes
+            peak = max(peak, kept)
+
+        def __del__(self):
+            nonlocal kept
+            kept -= self.tensor.nbytes
+
+    model.model.language_model.register_forward_pre_hook(lambda *_: at_start.append(kept))
+    peaks = []
+    for arguments in ({"matryoshka_scales": TINY_SCALES}, {}):
+        peak = 0
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            loss = model(**batch, **arguments).loss
+        encoder, *others = at_start
+        assert encoder > 0
+        assert len(others) == (3 if arguments else 0)
+        assert all(start - encoder < 0.01 * encoder for start in others)
+        loss.backward()
+        del loss
+        assert kept == 0
+        peaks.append(peak)
+        at_start.clear()
+    assert peaks[0] <= 1.01 * peaks[1]
+
+
+def test_logits_are_computed_where_there_is_a_label():
+    model, rows = tiny_model(), []
+    model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape))
+    batch = tiny_batch(model.config, LAYOUTS["ragged"], 144)
+    supervised = int((batch["labels"][:, 1:] != -100).sum())
+    output = model(**batch, matryoshka_scales=TINY_SCALES)
+    assert output.logits is None
+    assert rows == [(supervised, 32)] * 4
+
+
+def test_gradients_accumulate_and_are_scaled(strategy):
+    model = tiny_model()
+    batch = tiny_batch(model.config, LAYOUTS["ragged"], 144)
+    model(**batch, matryoshka_scales=TINY_SCALES).loss.backward()
+    once = gradients(model)
+    for factor in (0.5, 3):
+        (factor * model(**batch, matryoshka_scales=TINY_SCALES).loss).backward()
+    assert_same(gradients(model), {name: 3.5 * gradient for name, gradient in once.items()})
+
+
+def test_evaluation_takes_no_gradients():
+    model = tiny_model()
+    batch = tiny_batch(model.config, LAYOUTS["ragged"], 144)
+    expected = model(**batch, matryoshka_scales=TINY_SCALES)
+    with torch.no_grad():
+        output = model(**batch, matryoshka_scales=TINY_SCALES)
+    assert not output.loss.requires_grad
+    assert torch.equal(output.scale_losses, expected.scale_losses)
+    model.requires_grad_(False)
+    assert not model(**batch, matryoshka_scales=TINY_SCALES).loss.requires_grad
+
+
+def test_a_second_backward_is_refused():
+    model = tiny_model()
+    loss = model(**tiny_batch(model.config, LAYOUTS["ragged"], 144), matryoshka_scales=TINY_SCALES).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="already"):
+        loss.backward()
+
+
+def test_batches_of_text_are_computed_once():
+    model, calls = tiny_model(), []
+    model.model.language_model.register_forward_hook(lambda *_: calls.append(1))
+    batch = tiny_batch(model.config, [[7], [4]], 144)
+    output = model(**batch, matryoshka_scales=TINY_SCALES)
+    assert len(calls) == 1
+    output.loss.backward()
+    ours = gradients(model)
+    loss = model(**batch).loss
+    loss.backward()
+    assert output.scale_losses.tolist() == [loss.item()] * 4
+    assert_same(ours, gradients(model))
+
+
+def test_a_missing_mask_is_made_where_rows_become_ragged():
+    model = tiny_model()
+    rows = [[2, None, 3], [2 + 144 + 3]]
+    for batch in (tiny_batch(model.config, rows, 144), tiny_batch(model.config, rows[:1], 144)):
+        assert batch["attention_mask"].all()
+        expected = model(**batch, matryoshka_scales=TINY_SCALES).scale_losses
+        del batch["attention_mask"], batch["num_visual_tokens"]  # None: the finest
+        assert torch.equal(model(**batch, matryoshka_scales=TINY_SCALES).scale_losses, expected)
+
+
+def test_inputs_may_be_finer_than_the_scales_and_differ():
+    model = tiny_model()
+    fine, coarse = (tiny_batch(model.config, [[3, None, 5]], scale) for scale in (144, 36))
+    mixed = {
+        key: torch.nn.utils.rnn.pad_sequence(
+            [fine[key][0], coarse[key][0]], batch_first=True, padding_value=-100 if key == "labels" else 0
+        )
+        for key in ("input_ids", "attention_mask", "labels")
+    }
+    mixed["pixel_values"] = torch.cat([fine["pixel_values"], coarse["pixel_values"]])
+    output = model(**mixed, num_visual_tokens=[144, 36], matryoshka_scales=[9, 36])
+    expected = [model(**tiny_batch(model.config, [[3, None, 5]], scale)).loss.item() for scale in (9, 36)]
+    assert output.scale_losses.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_output_as_a_tuple():
+    model = tiny_model()
+    batch = tiny_batch(model.config, LAYOUTS["ragged"], 144)
+    output = model(**batch, matryoshka_scales=TINY_SCALES)
+    loss, scale_losses = model(**batch, matryoshka_scales=TINY_SCALES, return_dict=False)
+    assert torch.equal(loss, output.loss) and torch.equal(scale_losses, output.scale_losses)
+
+
+def test_the_ordinary_loss_is_untouched():
+    model = tiny_model()
+    output = model(**tiny_batch(model.config, LAYOUTS["ragged"], 36))
+    assert output.scale_losses is None and "scale_losses" not in output
+    assert output.logits is not None
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"matryoshka_scales": [1, 16]}, "16.*Choose from"),
+    ({"matryoshka_scales": []}, "at least one"),
+    ({"matryoshka_scales": [9, 1, 9]}, "none twice"),
+    ({"labels": None}, "pass labels"),
+    ({"input_ids": None, "inputs_embeds": torch.zeros(2, 3, 32)}, "needs input_ids"),
+    ({"inputs_embeds": torch.zeros(2, 3, 32)}, "inputs_embeds"),
+    ({"position_ids": torch.zeros(2, 3, dtype=torch.long)}, "position_ids"),
+    ({"past_key_values": ()}, "past_key_values"),
+    ({"mm_encoder_outputs": {}}, "mm_encoder_outputs"),
+    ({"attention_mask": torch.ones(2, 1, 3, 3)}, r"attention_mask of shape \(2, 1, 3, 3\)"),
+    ({"pixel_values": None, "num_visual_tokens": None}, "placeholders for 0 image"),
+    ({"num_visual_tokens": [144, 36]}, "placeholders for 2 image"),
+    ({"num_visual_tokens": [144, 100]}, "100"),
+])  # fmt: skip
+def test_what_cannot_be_cut_is_refused(change, message):
+    model = tiny_model()
+    inputs = tiny_batch(model.config, LAYOUTS["one image each"], 144) | {"matryoshka_scales": [1, 9]}
+    with pytest.raises(ValueError, match=message):
+        model(**inputs | change)
+
+
+def test_scales_finer_than_the_inputs_are_refused():
+    model = tiny_model()
+    inputs = tiny_batch(model.config, LAYOUTS["one image each"], 36)
+    with pytest.raises(ValueError, match="made at num_visual_tokens=36.*Make them at 144"):
+        model(**inputs, matryoshka_scales=[1, 144])
+
+
+def test_labels_on_placeholders_are_refused():
+    model = tiny_model()
+    inputs = tiny_batch(model.config, LAYOUTS["one image each"], 144)
+    inputs["labels"] = inputs["input_ids"].clone()
+    with pytest.raises(ValueError, match="288 placeholder.*-100 where input_ids is 98"):
+        model(**inputs, matryoshka_scales=[1, 9])

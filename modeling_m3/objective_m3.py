@@ -82,30 +82,53 @@ def matryoshka_loss(
             "Pass all that the processor returned, num_visual_tokens, image_sizes and image_tile_grids included."
         )
 
-    def loss_at(tile_features: torch.Tensor | None, scale: int) -> torch.Tensor:
-        if tile_features is None:
-            inputs, targets = {"input_ids": input_ids, "attention_mask": attention_mask}, labels
-        else:
-            kept = _lengths(config, encoded, [scale] * num_images)
-            inputs, targets = _cut(input_ids, labels, attention_mask, config.image_token_id, lengths, kept)
-            images = replace(encoded, tile_features=tile_features)
-            tokens = model.model.get_visual_tokens(images, scale, visual_token_sampling)
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tokens)}
-        hidden = model.model(**inputs, use_cache=False, **kwargs).last_hidden_state
-        # Most of the memory of a short prompt is logits over a whole vocabulary, and most positions have no label.
-        targets = nn.functional.pad(targets[:, 1:], (0, 1), value=-100).to(hidden.device)
-        supervised = targets != -100
-        return model.loss_function(
-            logits=model.lm_head(hidden[supervised]),
-            labels=None,
-            vocab_size=config.text_config.vocab_size,
-            shift_labels=targets[supervised],
-            **kwargs,
+    if encoded is None:
+        return _loss_of_text(
+            model, scales, {"input_ids": input_ids, "attention_mask": attention_mask}, labels, **kwargs
         )
 
-    if encoded is None:  # text is the same at every scale
-        loss = loss_at(None, scales[0])
+    def loss_at(tile_features: torch.Tensor, scale: int) -> torch.Tensor:
+        kept = _lengths(config, encoded, [scale] * num_images)
+        inputs, targets = _cut(input_ids, labels, attention_mask, config.image_token_id, lengths, kept)
+        images = replace(encoded, tile_features=tile_features)
+        tokens = model.model.get_visual_tokens(images, scale, visual_token_sampling)
+        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tokens)}
+        return _next_token_loss(model, inputs, targets, **kwargs)
+
+    return average_over_scales(loss_at, encoded.tile_features, scales, model)
+
+
+def _next_token_loss(model: nn.Module, inputs: dict[str, Any], labels: torch.LongTensor, **kwargs: Any) -> torch.Tensor:
+    hidden = model.model(**inputs, use_cache=False, **kwargs).last_hidden_state
+    # Most of the memory of a short prompt is logits over a whole vocabulary, and most positions have no label.
+    labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).to(hidden.device)
+    supervised = labels != -100
+    return model.loss_function(
+        logits=model.lm_head(hidden[supervised]),
+        labels=None,
+        vocab_size=model.config.text_config.vocab_size,
+        shift_labels=labels[supervised],
+        **kwargs,
+    )
+
+
+def _loss_of_text(
+    model: nn.Module, scales: list[int], inputs: dict[str, Any], labels: torch.LongTensor, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of a batch without images, which is the same at every scale."""
+    device = inputs["input_ids"].device
+    if not _needs_native_graph(model, device.type):
+        loss = _next_token_loss(model, inputs, labels, **kwargs)
         return loss, loss.detach().expand(len(scales))
+    # Where parameters are sharded, ranks that have images wait for this one to use each parameter as often as they do.
+    vision = model.config.vision_config
+    blank = torch.zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size, device=device)
+    encoded = model.model.encode_images(blank)
+
+    def loss_at(tile_features: torch.Tensor, scale: int) -> torch.Tensor:
+        tokens = model.model.get_visual_tokens(replace(encoded, tile_features=tile_features), scale)
+        return _next_token_loss(model, inputs, labels, **kwargs) + 0 * torch.cat(tokens).sum()
+
     return average_over_scales(loss_at, encoded.tile_features, scales, model)
 
 
@@ -192,8 +215,8 @@ def _add(sums: list[torch.Tensor | None], gradients: list[torch.Tensor | None]) 
 
 def _needs_native_graph(model: nn.Module, device: str) -> bool:
     """Whether gradients can only be taken by an ordinary backward; see `average_over_scales`."""
-    wrappers = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
-    sharded = not wrappers.isdisjoint(("FullyShardedDataParallel", "FSDPModule")) or any(
+    # Inside the forward, FSDP's parameters may look like any other: its mark on modules does not come and go.
+    sharded = any(getattr(module, "_is_fsdp_managed_module", False) for module in model.modules()) or any(
         hasattr(parameter, "ds_id") or hasattr(parameter, "full_tensor") for parameter in model.parameters()
     )
     return sharded or (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16)

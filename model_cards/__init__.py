@@ -1,0 +1,1 @@
+"""The model card's template, and what is published of known checkpoints."""

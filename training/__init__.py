@@ -1,0 +1,1 @@
+"""Fine-tuning with the Matryoshka objective: `python -m training.finetune config.yaml`."""

@@ -1,0 +1,262 @@
+"""Records in LLaVA's JSON format as samples, and samples as batches.
+
+Shapes use: b rows, s tokens, i images, t tiles of one image. Placeholders are expanded for the finest scale, from which
+the objective makes the coarser ones.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from modeling_m3 import M3LlavaProcessor
+
+from .conversations import IGNORE_INDEX, IMAGE_MARK, check_template, encode
+
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+Sample = dict[str, torch.Tensor]
+
+_BAD, _UNSUPERVISED = 1, 2
+_MOST_BAD_IN_A_ROW = 100
+
+
+class BadSampleError(ValueError):
+    """A record that cannot be trained on, with its name and the reason."""
+
+
+def read_records(file: str | Path) -> list[Record]:
+    """The records of a JSON file, or of one with a record per line (`.jsonl`).
+
+    Raises:
+        ValueError: no such file, text that is not JSON, or anything but a list of objects, by file and line.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise ValueError(f"There is no data file {file}.")
+    text = file.read_text(encoding="utf-8")
+    try:
+        if file.suffix == ".jsonl":
+            # Not splitlines(), which also breaks at characters that JSON allows in a string.
+            records = [json.loads(line) if line.strip() else None for line in text.split("\n")]
+            records = [record for record in records if record is not None]
+        else:
+            records = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+    if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"{file} must hold a list of records, as LLaVA's data files do, with at least one.")
+    return records
+
+
+class LlavaDataset(Dataset):
+    """Samples made when they are asked for: nothing is opened or tokenized before.
+
+    A bad record is logged with its name and the reason, once, and the next good one of its kind, with or without image,
+    takes its place: so batches keep their size and kind. With `strict` it raises instead. Notes of what was bad are kept
+    in memory that the workers of a `DataLoader` share.
+
+    Args:
+        records: `{"id": ..., "image": path, PIL image or list of them, "conversations": [{"from", "value"}, ...]}`; any
+            class with `__len__` and `__getitem__`. If it has `modality_lengths`, see there, records are not read for them.
+        processor: of the checkpoint.
+        image_folder: what paths of images are relative to.
+        template: a name of `conversations.TEMPLATES`.
+        max_length: tokens, those of images included, that a sample is cut to; never inside an image.
+        strict: raise `BadSampleError` at the first bad record.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        processor: M3LlavaProcessor,
+        *,
+        image_folder: str | Path = ".",
+        template: str = "chat_template",
+        max_length: int = 2048,
+        strict: bool = False,
+    ):
+        check_template(template)
+        self.records, self.processor, self.template = records, processor, template
+        self.image_folder, self.max_length, self.strict = Path(image_folder), max_length, strict
+        self.scale = max(processor.visual_token_scales)
+        self._notes = torch.zeros(len(records), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        """`input_ids` and `labels` of shape (s,); with images `pixel_values` of shape (i, ...), `num_visual_tokens` of
+        shape (i,), and `image_sizes` of shape (i, 2) where they are cut into tiles.
+
+        Raises:
+            BadSampleError: with `strict`, or where a hundred records in a row are bad.
+        """
+        bad = []
+        for candidate in islice(self._with_stand_ins(index), _MOST_BAD_IN_A_ROW):
+            try:
+                return self._sample(candidate)
+            except BadSampleError as error:
+                if self.strict:
+                    raise
+                self._note(candidate, _BAD, f"{error}. It is skipped.")
+                bad.append(error)
+        raise BadSampleError(f"{len(bad)} record(s) in a row cannot be used. The last one is {bad[-1]}.")
+
+    def name(self, index: int) -> str:
+        """What a record is called in messages."""
+        identifier = self.records[index].get("id")
+        return f"record {index}" if identifier is None else f"record {index} ({identifier!r})"
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        """Words of each record, negative where it has no image: the original's estimate of a length, by which batches
+        are grouped."""
+        given = getattr(self.records, "modality_lengths", None)
+        return list(map(_modality_length, self.records)) if given is None else list(given)
+
+    @property
+    def bad(self) -> list[int]:
+        """Indices of the records found bad so far, in this process and its workers."""
+        return (self._notes == _BAD).nonzero()[:, 0].tolist()
+
+    @property
+    def unsupervised(self) -> list[int]:
+        """Indices of the records of which nothing is supervised."""
+        return (self._notes == _UNSUPERVISED).nonzero()[:, 0].tolist()
+
+    def _with_stand_ins(self, index: int) -> Iterator[int]:
+        yield index
+        kind = bool(self.records[index].get("image"))
+        for step in range(1, len(self)):
+            candidate = (index + step) % len(self)
+            if bool(self.records[candidate].get("image")) == kind:
+                yield candidate
+
+    def _note(self, index: int, note: int, message: str) -> None:
+        if self._notes[index] != note:
+            self._notes[index] = note
+            logger.warning(message)
+
+    def _sample(self, index: int) -> Sample:
+        record = self.records[index]
+        name = self.name(index)
+        try:
+            images = [self._open(image) for image in _images(record)]
+            conversation = record.get("conversations")
+            if not isinstance(conversation, list):
+                raise ValueError(f"conversations must be a list of turns, not {conversation!r}")
+            encoded = encode(conversation, self.template, self.processor, self.max_length)
+            marks = encoded.input_ids.count(self.processor.image_token_id)
+            if marks != len(images):
+                raise ValueError(f"its text has {marks} {IMAGE_MARK} mark(s) for {len(images)} image(s)")
+            tokens_per_image = self._tokens_per_image(images)
+            input_ids = self._expanded(encoded.input_ids, encoded.input_ids, tokens_per_image)
+            labels = self._expanded(encoded.labels, encoded.input_ids, tokens_per_image)
+            self._check_length(input_ids)
+        except ValueError as error:
+            raise BadSampleError(f"{name}: {error}") from error
+        sample = {
+            "input_ids": torch.tensor(input_ids[: self.max_length]),
+            "labels": torch.tensor(labels[: self.max_length]),
+        }
+        if (sample["labels"] == IGNORE_INDEX).all():
+            reason = encoded.mismatch or f"it has no answer within max_length={self.max_length}"
+            self._note(index, _UNSUPERVISED, f"{name}: {reason}. Nothing of it is supervised.")
+        if images:
+            sample |= self.processor.image_processor(images, return_tensors="pt")
+            sample["num_visual_tokens"] = torch.full((len(images),), self.scale)
+        return sample
+
+    def _open(self, image: Any) -> Image.Image:
+        if isinstance(image, Image.Image):
+            return image.convert("RGB")
+        if not isinstance(image, (str, os.PathLike)):
+            raise ValueError(f"an image must be a path or a PIL image, not {image!r}")
+        path = self.image_folder / image
+        if not path.is_file():
+            raise ValueError(f"there is no picture at {path}")
+        try:
+            with Image.open(path) as opened:
+                return opened.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+    def _tokens_per_image(self, images: list[Image.Image]) -> list[int]:
+        sizes = [(image.height, image.width) for image in images]
+        counts = self.processor._get_num_multimodal_tokens(image_sizes=sizes, num_visual_tokens=self.scale)
+        return counts["num_image_tokens"] if images else []
+
+    def _expanded(self, values: list[int], input_ids: list[int], tokens_per_image: list[int]) -> list[int]:
+        """`values`, one per token of `input_ids`, with those of the placeholders repeated."""
+        counts = iter(tokens_per_image)
+        return [
+            value
+            for value, token in zip(values, input_ids)
+            for _ in range(next(counts) if token == self.processor.image_token_id else 1)
+        ]
+
+    def _check_length(self, input_ids: list[int]) -> None:
+        if self.processor.image_token_id in input_ids[self.max_length :]:
+            end = len(input_ids) - input_ids[::-1].index(self.processor.image_token_id)
+            raise ValueError(f"its images end at token {end}, beyond max_length={self.max_length}, and are never cut")
+
+
+class Collator:
+    """Samples of any kind as one batch, padded on the right.
+
+    Args:
+        pad_token_id: what `input_ids` are padded with.
+    """
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, samples: Sequence[Sample]) -> Sample:
+        """`input_ids`, `labels` and `attention_mask` of shape (b, s); the images of all rows one after the other:
+        `pixel_values` of shape (i, c, h, w) or (i, most t, c, h, w) with zeros after an image's last tile,
+        `num_visual_tokens` of shape (i,), `image_sizes` of shape (i, 2)."""
+        lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+        batch = {
+            name: pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=value)
+            for name, value in (("input_ids", self.pad_token_id), ("labels", IGNORE_INDEX))
+        }
+        batch["attention_mask"] = (torch.arange(lengths.max()) < lengths[:, None]).long()
+        with_images = [sample for sample in samples if "pixel_values" in sample]
+        if with_images:
+            batch["pixel_values"] = _cat_tiles([sample["pixel_values"] for sample in with_images])
+            for name in ("image_sizes", "num_visual_tokens"):
+                if name in with_images[0]:
+                    batch[name] = torch.cat([sample[name] for sample in with_images])
+        return batch
+
+
+def _images(record: Record) -> list[Any]:
+    images = record.get("image") or []
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _modality_length(record: Record) -> int:
+    turns = record.get("conversations") or []
+    words = sum(len(str(turn.get("value")).split()) for turn in turns if isinstance(turn, dict))
+    return max(words, 1) * (1 if record.get("image") else -1)
+
+
+def _cat_tiles(pixel_values: list[torch.Tensor]) -> torch.Tensor:
+    if pixel_values[0].ndim == 5:
+        most = max(pixels.shape[1] for pixels in pixel_values)
+        pixel_values = [pad(pixels, (0, 0, 0, 0, 0, 0, 0, most - pixels.shape[1])) for pixels in pixel_values]
+    return torch.cat(pixel_values)

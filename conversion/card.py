@@ -26,6 +26,7 @@ def model_card(
     trained_for_scales: bool,
     source: Path,
     license: str | None = None,
+    training: str | None = None,
 ) -> str:
     """The text of `README.md`.
 
@@ -37,11 +38,13 @@ def model_card(
         trained_for_scales: whether the original was trained for several numbers of visual tokens.
         source: folder of the original, whose own card names a license.
         license: Hub identifier of the license, in place of the source's.
+        training: for a checkpoint that was trained from `model_id`, not converted: how, in Markdown. What is published of
+            the original is then left out.
 
     Raises:
         ConversionError: the source's card cannot be read.
     """
-    known = _known_card(Path(model_id).name)
+    known = None if training else _known_card(Path(model_id).name)
     about = known.data.to_dict() if known else {}
     tables = about.get("results", [])
     base_model = about.get("model_id") or (
@@ -64,6 +67,7 @@ def model_card(
         name=name,
         about=known.text.strip() if known else None,
         model_id=base_model,
+        training=training,
         trained_for_scales=trained_for_scales,
         tiled=config.image_grid_pinpoints is not None,
         scales=scales,

@@ -132,12 +132,7 @@ def convert(
         with tqdm(total=nbytes, unit="B", unit_scale=True, desc="weights", disable=None) as bar:
             files = write_weights(partial, tensors, max_shard_size, bar.update)
         with _naming(partial):
-            processor.save_pretrained(partial)
-            generation_config.save_pretrained(partial)
-            (partial / "README.md").write_text(card, encoding="utf-8")
-            for code in REMOTE_CODE_FILES:
-                shutil.copyfile(Path(modeling_m3.__file__).with_name(code), partial / code)
-            config.save_pretrained(partial)  # last: no folder without it looks like a checkpoint
+            write_all_but_weights(partial, config, processor, generation_config, card)
     return Conversion(destination, len(tensors), num_dropped, nbytes, len(files), time.monotonic() - start)
 
 
@@ -235,6 +230,22 @@ def build_processor(
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         chat_template=template,
     )
+
+
+def write_all_but_weights(
+    folder: Path,
+    config: M3LlavaConfig,
+    processor: M3LlavaProcessor,
+    generation_config: GenerationConfig,
+    card: str,
+) -> None:
+    """Writes what a folder needs beside its weights to load anywhere and to go to the Hub, remote code included."""
+    processor.save_pretrained(folder)
+    generation_config.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    for code in REMOTE_CODE_FILES:
+        shutil.copyfile(Path(modeling_m3.__file__).with_name(code), folder / code)
+    config.save_pretrained(folder)  # last: no folder without it looks like a checkpoint
 
 
 def _check_apart(destination: Path, *sources: Path | None) -> None:

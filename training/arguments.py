@@ -1,0 +1,160 @@
+"""What a run can be told, as three dataclasses, from a YAML file and the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from modeling_m3.visual_tokens import check_choice
+
+from .conversations import TEMPLATES, check_template
+
+
+SCALE_CHOICES = ("all", "random", "fixed")
+TRAINED = ("all", "clip")
+
+
+@dataclass
+class ModelArguments:
+    """Which checkpoint is trained, and what of it."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "The M3 checkpoint to start from: a converted folder or a Hub id."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "As in from_pretrained: sdpa, eager, ..."})
+    train: str = field(
+        default="all",
+        metadata={"help": "Paper, Table 7: all, or clip, only the vision tower.", "choices": TRAINED},
+    )
+    freeze_language_model: bool = field(default=False, metadata={"help": "Train no weight of the language model."})
+    freeze_projector: bool = field(default=False, metadata={"help": "Train no weight of the projector."})
+    freeze_vision_tower: bool = field(default=False, metadata={"help": "Train no weight of the vision tower."})
+    lora: bool = field(
+        default=False, metadata={"help": "Train the language model by LoRA; merged in the final folder."}
+    )
+    lora_r: int = field(default=128, metadata={"help": "Rank of the update of each matrix."})
+    lora_alpha: int = field(default=256, metadata={"help": "The update is scaled by alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the update."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "As q_proj v_proj; by default every linear layer of the language model."}
+    )
+
+    def __post_init__(self):
+        check_choice("train", self.train, TRAINED)
+        if self.trains_nothing_of("language_model") and self.lora:
+            raise ValueError("lora trains the language model, which is frozen: leave out lora, or what freezes it.")
+        if all(map(self.trains_nothing_of, ("language_model", "projector", "vision_tower"))):
+            raise ValueError("language model, projector and vision tower are all frozen: there is nothing to train.")
+
+    def trains_nothing_of(self, part: str) -> bool:
+        """Whether `part`, "language_model", "projector" or "vision_tower", is frozen."""
+        return getattr(self, f"freeze_{part}") or (self.train == "clip" and part != "vision_tower")
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    data_path: str | None = field(
+        default=None,
+        metadata={"help": "Records in LLaVA's format: a JSON file, or one with a record per line (.jsonl)."},
+    )
+    image_folder: str = field(default=".", metadata={"help": "What paths of images in the records are relative to."})
+    template: str = field(
+        default="chat_template",
+        metadata={"help": f"How conversations are written: {', '.join(TEMPLATES)}. The checkpoint's own by default."},
+    )
+    model_max_length: int = field(
+        default=2048, metadata={"help": "Tokens, those of images included, that a sample is cut to; never in an image."}
+    )
+    strict: bool = field(default=False, metadata={"help": "Stop at the first bad sample, in place of skipping it."})
+
+    def __post_init__(self):
+        check_template(self.template)
+
+
+@dataclass
+class M3TrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments`, and how M3 is trained."""
+
+    matryoshka_scales: list[int] | None = field(
+        default=None, metadata={"help": "Numbers of visual tokens to train at; the checkpoint's by default."}
+    )
+    scale_choice: str = field(
+        default="all",
+        metadata={
+            "help": "all: the loss is averaged over the scales (paper, equation 3.2). random: one is drawn for each step "
+            "(Table 8). fixed: the one scale given (the baseline SS).",
+            "choices": SCALE_CHOICES,
+        },
+    )
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "learning_rate by default."})
+    vision_tower_learning_rate: float | None = field(default=None, metadata={"help": "learning_rate by default."})
+    group_by_modality_length: bool = field(
+        default=True, metadata={"help": "Make batches of one kind, with or without images, and of similar lengths."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: samples have no columns."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=True, metadata={"help": "DDP must, as CLIP's last layer is not used, nor CLIP in a batch of text."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("scale_choice", self.scale_choice, SCALE_CHOICES)
+        if self.scale_choice == "fixed" and len(self.matryoshka_scales or ()) != 1:
+            raise ValueError(
+                f"scale_choice='fixed' needs one scale: matryoshka_scales is {self.matryoshka_scales}, give it one number."
+            )
+
+    def scales(self, offered: Sequence[int]) -> list[int]:
+        """The scales to train at, of those a checkpoint offers.
+
+        Raises:
+            ValueError: for one that it does not offer, or one given twice.
+        """
+        scales = list(self.matryoshka_scales or offered)
+        if not set(scales) <= set(offered) or len(set(scales)) != len(scales):
+            raise ValueError(
+                f"matryoshka_scales={scales}: give distinct numbers that the checkpoint offers: {sorted(offered)}. Others "
+                "must be added to visual_token_scales in its config.json and processor_config.json first."
+            )
+        return sorted(scales)
+
+
+def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, M3TrainingArguments]:
+    """Arguments from a command line whose first word may be a YAML file; what follows it overrides the file.
+
+    Raises:
+        ValueError: a file that cannot be read, an unknown name, or values that contradict each other.
+        SystemExit: a value of the wrong type, by argparse.
+    """
+    arguments = list(arguments)
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        arguments = [*_as_command_line(Path(arguments[0])), *arguments[1:]]
+    parser = HfArgumentParser((ModelArguments, DataArguments, M3TrainingArguments), prog="python -m training.finetune")
+    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+
+
+def _as_command_line(file: Path) -> list[str]:
+    """So the parser gives values from a file the types they have on the command line: YAML reads 2e-5 as a text."""
+    if not file.is_file():
+        raise ValueError(f"There is no configuration file {file}.")
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} must hold one setting per line, as `learning_rate: 2.0e-5`.")
+    return [word for name, value in settings.items() if value is not None for word in (f"--{name}", *_words(value))]
+
+
+def _words(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    return [json.dumps(value) if isinstance(value, dict) else str(value)]

@@ -1,0 +1,112 @@
+"""The end of a run: a folder as conversion writes it, ready to load anywhere and to go to the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import GenerationConfig
+
+from conversion.card import model_card
+from conversion.convert import write_all_but_weights
+from conversion.writer import new_folder
+from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
+
+from .arguments import DataArguments, ModelArguments
+from .parameters import PARTS, add_lora
+from .trainer import M3Trainer
+
+
+def export(
+    trainer: M3Trainer,
+    destination: Path,
+    source: Path,
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+) -> None:
+    """Writes the trained checkpoint. Called by all processes, as they gather the weights; the first one writes.
+
+    Weights are stored in the type that the checkpoint it started from has, LoRA merged. The folder appears under its name
+    only when it is whole.
+
+    Args:
+        trainer: after training; `processing_class` is the processor.
+        destination: the folder to write.
+        source: folder of the checkpoint it started from.
+        model_arguments, data_arguments: of the run, for the card.
+    """
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.accelerator.is_main_process:
+        config = M3LlavaConfig.from_pretrained(source)
+        config.architectures = [M3LlavaForConditionalGeneration.__name__]
+        card = model_card(
+            Path(trainer.args.output_dir).resolve().name,
+            model_arguments.model_name_or_path,
+            config,
+            trained_for_scales=len(trainer.scales) > 1,
+            source=source,
+            training=describe(trainer, model_arguments, data_arguments),
+        )
+        with new_folder(destination, overwrite=False) as folder:
+            _on_cpu(config, weights, model_arguments).save_pretrained(folder, max_shard_size="5GB")
+            write_all_but_weights(folder, config, trainer.processing_class, _generation_config(source, config), card)
+    trainer.accelerator.wait_for_everyone()
+
+
+def describe(trainer: M3Trainer, model_arguments: ModelArguments, data_arguments: DataArguments) -> str:
+    """What a reader of the card must know to judge the run or to repeat it, in Markdown."""
+    arguments = trainer.args
+    rates = {
+        "language_model": arguments.learning_rate,
+        "projector": arguments.projector_learning_rate,
+        "vision_tower": arguments.vision_tower_learning_rate,
+    }
+    trained = []
+    for part in PARTS:
+        if not model_arguments.trains_nothing_of(part):
+            how = (
+                f", LoRA of rank {model_arguments.lora_r}" if model_arguments.lora and part == "language_model" else ""
+            )
+            rate = arguments.learning_rate if rates[part] is None else rates[part]
+            trained.append(f"{part.replace('_', ' ')} (learning rate {rate:g}{how})")
+    objective = {
+        "all": "next-token loss averaged over {} visual tokens per tile",
+        "random": "next-token loss at one of {} visual tokens per tile, drawn for each step",
+        "fixed": "next-token loss at {} visual token(s) per tile",
+    }[arguments.scale_choice].format(", ".join(map(str, trainer.scales)))
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    data = Path(data_arguments.data_path).name if data_arguments.data_path else "records made by a program"
+    rows = {
+        "Started from": f"`{Path(model_arguments.model_name_or_path).name}`",
+        "Data": f"{data}, {len(trainer.train_dataset)} records, template `{data_arguments.template}`",
+        "Objective": objective,
+        "Trained": "; ".join(trained),
+        "Steps": f"{trainer.state.global_step} of {batch} samples",
+        "Schedule": f"{arguments.lr_scheduler_type.value}, {arguments.get_warmup_steps(trainer.state.max_steps)} steps of warmup",
+        "Weight decay": f"{arguments.weight_decay:g}",
+        "Precision": "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32",
+        "Seed": str(arguments.seed),
+        "Software": f"transformers {transformers.__version__}, torch {torch.__version__}",
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _on_cpu(
+    config: M3LlavaConfig, weights: dict[str, torch.Tensor], model_arguments: ModelArguments
+) -> M3LlavaForConditionalGeneration:
+    """A model of its own: the one that was trained may be wrapped, sharded and spread over devices."""
+    with torch.device("meta"):
+        model = M3LlavaForConditionalGeneration(config)
+        lora = add_lora(model, model_arguments) if model_arguments.lora else None
+    model.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()}, assign=True)
+    if lora is not None:
+        lora.merge_and_unload()
+    return model.to(config.dtype)
+
+
+def _generation_config(source: Path, config: M3LlavaConfig) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:  # it has none
+        return GenerationConfig.from_model_config(config)

@@ -1,0 +1,133 @@
+"""`python -m training.finetune config.yaml [--name value ...]`: fine-tunes an M3 checkpoint.
+
+The output folder holds the run's checkpoints, from the last of which the same command goes on, `trainer_state.json` with
+the losses, and at the end `final`, the trained model as a folder for the Hub.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import modeling_m3  # noqa: F401 - registers the classes
+from conversion.original import local_folder
+
+from .arguments import DataArguments, M3TrainingArguments, ModelArguments, parse
+from .data import Collator, LlavaDataset, Record, read_records
+from .export import export
+from .parameters import prepare_parameters
+from .trainer import M3Trainer
+
+
+logger = logging.getLogger(__name__)
+
+_NAMES_IN_REPORT = 20
+
+
+def finetune(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    arguments: M3TrainingArguments,
+    *,
+    records: Sequence[Record] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Path:
+    """Trains, going on from the last checkpoint in the output folder if there is one. Returns the final folder.
+
+    Args:
+        model_arguments, data_arguments, arguments: of the run.
+        records: in place of a data file; see `LlavaDataset`.
+        callbacks: of `Trainer`.
+
+    Raises:
+        ValueError: before training, for anything that is wrong with the arguments, the data file or the output folder;
+            during it, for a bad record with `strict`.
+    """
+    checkpoint = _check_output_folder(Path(arguments.output_dir))
+    name = model_arguments.model_name_or_path
+    source = local_folder(name, weights=False)
+    if records is None:
+        if data_arguments.data_path is None:
+            raise ValueError("data_path is missing: name a JSON file of records in LLaVA's format.")
+        records = read_records(data_arguments.data_path)
+    if not Path(data_arguments.image_folder).is_dir():
+        raise ValueError(f"image_folder={data_arguments.image_folder} is no folder.")
+    processor = AutoProcessor.from_pretrained(name, backend="pil")  # whose pixels are the original's
+    scales = arguments.scales(processor.visual_token_scales)
+    dataset = LlavaDataset(
+        records,
+        processor,
+        image_folder=data_arguments.image_folder,
+        template=data_arguments.template,
+        max_length=data_arguments.model_max_length,
+        strict=data_arguments.strict,
+    )
+    set_seed(arguments.seed)  # LoRA starts at random
+    # In full precision, as the optimizer needs it: `bf16` computes in bfloat16, and the final folder is stored as the source.
+    model = AutoModelForImageTextToText.from_pretrained(
+        name, dtype=torch.float32, attn_implementation=model_arguments.attn_implementation
+    )
+    prepare_parameters(model, model_arguments)
+    trainer = M3Trainer(
+        scales=scales,
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=Collator(processor.tokenizer.pad_token_id),
+        processing_class=processor,
+        callbacks=list(callbacks),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_state()
+    _report(dataset, trainer)
+    final = Path(arguments.output_dir) / "final"
+    export(trainer, final, source, model_arguments, data_arguments)
+    return final
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command. Returns its exit status: 0, or 1 where one line on stderr says what is wrong."""
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.INFO)
+    try:
+        print(f"wrote {finetune(*parse(sys.argv[1:] if arguments is None else arguments))}")
+    except (ValueError, OSError) as error:
+        logger.debug("", exc_info=True)
+        print(f"training.finetune: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _check_output_folder(folder: Path) -> str | None:
+    """The checkpoint to go on from; None for a new run."""
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise ValueError(f"output_dir={folder} is a file: name a folder.")
+    if (folder / "final").exists():
+        raise ValueError(f"output_dir={folder} holds a finished run: name another folder, or remove it.")
+    checkpoint = get_last_checkpoint(folder)
+    if checkpoint is None and any(folder.iterdir()):
+        raise ValueError(
+            f"output_dir={folder} is not empty and holds no checkpoint to go on from: name another folder."
+        )
+    return checkpoint
+
+
+def _report(dataset: LlavaDataset, trainer: M3Trainer) -> None:
+    for what, indices in (("skipped", dataset.bad), ("without anything supervised", dataset.unsupervised)):
+        indices = sorted(set(gather_object(indices)))
+        if indices and trainer.accelerator.is_main_process:
+            names = [dataset.name(index) for index in indices[:_NAMES_IN_REPORT]]
+            names += ["..."] if len(indices) > len(names) else []
+            logger.warning("%d of %d records were %s: %s", len(indices), len(dataset), what, ", ".join(names))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

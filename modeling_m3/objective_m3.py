@@ -119,7 +119,7 @@ def _loss_of_text(
     device = inputs["input_ids"].device
     if not _needs_native_graph(model, device.type):
         loss = _next_token_loss(model, inputs, labels, **kwargs)
-        return loss, loss.detach().expand(len(scales))
+        return loss, loss.detach().repeat(len(scales))  # a copy, as Trainer scales the loss in place
     # Where parameters are sharded, ranks that have images wait for this one to use each parameter as often as they do.
     vision = model.config.vision_config
     blank = torch.zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size, device=device)

@@ -112,6 +112,11 @@ class M3TrainingArguments(TrainingArguments):
                 f"scale_choice='fixed' needs one scale: matryoshka_scales is {self.matryoshka_scales}, give it one number."
             )
 
+    def learning_rate_of(self, part: str) -> float:
+        """The peak learning rate of "language_model", "projector" or "vision_tower"."""
+        own = None if part == "language_model" else getattr(self, f"{part}_learning_rate")
+        return self.learning_rate if own is None else own
+
     def scales(self, offered: Sequence[int]) -> list[int]:
         """The scales to train at, of those a checkpoint offers.
 
@@ -137,7 +142,9 @@ def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, M3Tr
     arguments = list(arguments)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         arguments = [*_as_command_line(Path(arguments[0])), *arguments[1:]]
-    parser = HfArgumentParser((ModelArguments, DataArguments, M3TrainingArguments), prog="python -m training.finetune")
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, M3TrainingArguments), prog="python -m training.finetune", allow_abbrev=False
+    )
     return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
 
 

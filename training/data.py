@@ -118,8 +118,7 @@ class LlavaDataset(Dataset):
 
     def name(self, index: int) -> str:
         """What a record is called in messages."""
-        identifier = self.records[index].get("id")
-        return f"record {index}" if identifier is None else f"record {index} ({identifier!r})"
+        return _name(index, self.records[index])
 
     @property
     def modality_lengths(self) -> list[int]:
@@ -153,7 +152,7 @@ class LlavaDataset(Dataset):
 
     def _sample(self, index: int) -> Sample:
         record = self.records[index]
-        name = self.name(index)
+        name = _name(index, record)
         try:
             images = [self._open(image) for image in _images(record)]
             conversation = record.get("conversations")
@@ -242,6 +241,11 @@ class Collator:
                 if name in with_images[0]:
                     batch[name] = torch.cat([sample[name] for sample in with_images])
         return batch
+
+
+def _name(index: int, record: Record) -> str:
+    identifier = record.get("id")
+    return f"record {index}" if identifier is None else f"record {index} ({identifier!r})"
 
 
 def _images(record: Record) -> list[Any]:

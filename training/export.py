@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from conversion.card import model_card
 from conversion.convert import write_all_but_weights
+from conversion.original import local_folder
 from conversion.writer import new_folder
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
 
@@ -19,11 +20,7 @@ from .trainer import M3Trainer
 
 
 def export(
-    trainer: M3Trainer,
-    destination: Path,
-    source: Path,
-    model_arguments: ModelArguments,
-    data_arguments: DataArguments,
+    trainer: M3Trainer, destination: Path, model_arguments: ModelArguments, data_arguments: DataArguments
 ) -> None:
     """Writes the trained checkpoint. Called by all processes, as they gather the weights; the first one writes.
 
@@ -33,11 +30,11 @@ def export(
     Args:
         trainer: after training; `processing_class` is the processor.
         destination: the folder to write.
-        source: folder of the checkpoint it started from.
         model_arguments, data_arguments: of the run, for the card.
     """
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
+        source = local_folder(model_arguments.model_name_or_path, weights=False)
         config = M3LlavaConfig.from_pretrained(source)
         config.architectures = [M3LlavaForConditionalGeneration.__name__]
         card = model_card(
@@ -57,19 +54,11 @@ def export(
 def describe(trainer: M3Trainer, model_arguments: ModelArguments, data_arguments: DataArguments) -> str:
     """What a reader of the card must know to judge the run or to repeat it, in Markdown."""
     arguments = trainer.args
-    rates = {
-        "language_model": arguments.learning_rate,
-        "projector": arguments.projector_learning_rate,
-        "vision_tower": arguments.vision_tower_learning_rate,
-    }
     trained = []
     for part in PARTS:
         if not model_arguments.trains_nothing_of(part):
-            how = (
-                f", LoRA of rank {model_arguments.lora_r}" if model_arguments.lora and part == "language_model" else ""
-            )
-            rate = arguments.learning_rate if rates[part] is None else rates[part]
-            trained.append(f"{part.replace('_', ' ')} (learning rate {rate:g}{how})")
+            lora = f", LoRA of rank {model_arguments.lora_r}" if model_arguments.lora and part == PARTS[0] else ""
+            trained.append(f"{part.replace('_', ' ')} (learning rate {arguments.learning_rate_of(part):g}{lora})")
     objective = {
         "all": "next-token loss averaged over {} visual tokens per tile",
         "random": "next-token loss at one of {} visual tokens per tile, drawn for each step",
@@ -99,10 +88,11 @@ def _on_cpu(
     with torch.device("meta"):
         model = M3LlavaForConditionalGeneration(config)
         lora = add_lora(model, model_arguments) if model_arguments.lora else None
-    model.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()}, assign=True)
+    copies = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}  # merging is done in place
+    model.load_state_dict(copies, assign=True)
     if lora is not None:
         lora.merge_and_unload()
-    return model.to(config.dtype)
+    return model.to(config.dtype or torch.float32)
 
 
 def _generation_config(source: Path, config: M3LlavaConfig) -> GenerationConfig:

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 import modeling_m3  # noqa: F401 - registers the classes
 from conversion.original import local_folder
 
 from .arguments import DataArguments, M3TrainingArguments, ModelArguments, parse
-from .data import Collator, LlavaDataset, Record, read_records
+from .data import BadSampleError, Collator, LlavaDataset, Record, read_records
 from .export import export
 from .parameters import prepare_parameters
 from .trainer import M3Trainer
@@ -50,9 +50,41 @@ def finetune(
         ValueError: before training, for anything that is wrong with the arguments, the data file or the output folder;
             during it, for a bad record with `strict`.
     """
-    checkpoint = _check_output_folder(Path(arguments.output_dir))
+    return _train(
+        _prepare(model_arguments, data_arguments, arguments, records, callbacks), model_arguments, data_arguments
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command. Returns its exit status: 0, or 1 where one line on stderr says what is wrong."""
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.INFO)
+    try:
+        model_arguments, data_arguments, training_arguments = parse(sys.argv[1:] if arguments is None else arguments)
+        trainer = _prepare(model_arguments, data_arguments, training_arguments)
+    except (ValueError, OSError) as error:
+        return _fail(" ".join(str(error).split()))
+    try:
+        print(f"wrote {_train(trainer, model_arguments, data_arguments)}")
+    except BadSampleError as error:
+        return _fail(str(error).splitlines()[-1])  # what comes before, from a worker, is its traceback
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"training.finetune: {message}", file=sys.stderr)
+    return 1
+
+
+def _prepare(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    arguments: M3TrainingArguments,
+    records: Sequence[Record] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> M3Trainer:
+    _last_checkpoint(Path(arguments.output_dir))
     name = model_arguments.model_name_or_path
-    source = local_folder(name, weights=False)
+    local_folder(name, weights=False)
     if records is None:
         if data_arguments.data_path is None:
             raise ValueError("data_path is missing: name a JSON file of records in LLaVA's format.")
@@ -75,7 +107,7 @@ def finetune(
         name, dtype=torch.float32, attn_implementation=model_arguments.attn_implementation
     )
     prepare_parameters(model, model_arguments)
-    trainer = M3Trainer(
+    return M3Trainer(
         scales=scales,
         model=model,
         args=arguments,
@@ -84,40 +116,38 @@ def finetune(
         processing_class=processor,
         callbacks=list(callbacks),
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _train(trainer: M3Trainer, model_arguments: ModelArguments, data_arguments: DataArguments) -> Path:
+    output = Path(trainer.args.output_dir)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(output))
     trainer.save_state()
-    _report(dataset, trainer)
-    final = Path(arguments.output_dir) / "final"
-    export(trainer, final, source, model_arguments, data_arguments)
-    return final
+    _report(trainer.train_dataset, trainer)
+    export(trainer, output / "final", model_arguments, data_arguments)
+    return output / "final"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns its exit status: 0, or 1 where one line on stderr says what is wrong."""
-    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.INFO)
-    try:
-        print(f"wrote {finetune(*parse(sys.argv[1:] if arguments is None else arguments))}")
-    except (ValueError, OSError) as error:
-        logger.debug("", exc_info=True)
-        print(f"training.finetune: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+def _last_checkpoint(folder: Path) -> str | None:
+    """The checkpoint to go on from; None for a new run. One whose writing was interrupted does not count.
 
-
-def _check_output_folder(folder: Path) -> str | None:
-    """The checkpoint to go on from; None for a new run."""
+    Raises:
+        ValueError: the folder holds a finished run, or anything that is not a run's.
+    """
     if not folder.exists():
         return None
     if not folder.is_dir():
         raise ValueError(f"output_dir={folder} is a file: name a folder.")
     if (folder / "final").exists():
         raise ValueError(f"output_dir={folder} holds a finished run: name another folder, or remove it.")
-    checkpoint = get_last_checkpoint(folder)
-    if checkpoint is None and any(folder.iterdir()):
+    checkpoints = list(folder.glob("checkpoint-*"))
+    whole = [checkpoint for checkpoint in checkpoints if (checkpoint / TRAINER_STATE_NAME).is_file()]  # written last
+    if whole:
+        return str(max(whole, key=lambda checkpoint: int(checkpoint.name.rsplit("-", 1)[1])))
+    if set(folder.iterdir()) - set(checkpoints):
         raise ValueError(
             f"output_dir={folder} is not empty and holds no checkpoint to go on from: name another folder."
         )
-    return checkpoint
+    return None
 
 
 def _report(dataset: LlavaDataset, trainer: M3Trainer) -> None:

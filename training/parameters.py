@@ -9,7 +9,7 @@ from torch import nn
 
 from modeling_m3 import M3LlavaForConditionalGeneration
 
-from .arguments import ModelArguments, M3TrainingArguments
+from .arguments import M3TrainingArguments, ModelArguments
 
 
 if TYPE_CHECKING:
@@ -73,13 +73,8 @@ def parameter_groups(
     Args:
         model: with `requires_grad` set.
         decayed: names of the parameters that decay: all but biases and norms.
-        arguments: `learning_rate` is the language model's, and that of a part which has none of its own.
+        arguments: with the learning rate of each part.
     """
-    rates = {
-        "language_model": None,
-        "projector": arguments.projector_learning_rate,
-        "vision_tower": arguments.vision_tower_learning_rate,
-    }
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -87,7 +82,7 @@ def parameter_groups(
     return [
         {
             "params": groups[part, decays],
-            "lr": arguments.learning_rate if rates[part] is None else rates[part],
+            "lr": arguments.learning_rate_of(part),
             "weight_decay": arguments.weight_decay if decays else 0.0,
         }
         for part in PARTS

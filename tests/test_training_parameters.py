@@ -88,6 +88,19 @@ def test_every_trained_parameter_is_in_one_group_and_no_other_in_any(flags):
             assert all("lora_" in name for name in trained)
 
 
+def test_gradients_reach_all_that_is_trained_and_all_of_use_is_trained():
+    model = tiny_model()
+    prepare_parameters(model, ModelArguments("unused"))
+    input_ids = torch.tensor([[1, *[model.config.image_token_id] * 144, 5, 9]])
+    labels = torch.tensor([[-100] * 145 + [5, 9]])
+    pixel_values = torch.rand(1, 3, 24, 24)
+    model(input_ids=input_ids, labels=labels, pixel_values=pixel_values, matryoshka_scales=[9, 144]).loss.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert {name.split(".")[2] for name in frozen} == {"encoder", "post_layernorm"}
+    assert {name.split(".")[4] for name in frozen if ".encoder." in name} == {"2"}  # of three layers, -2 is selected
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

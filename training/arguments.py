@@ -101,7 +101,7 @@ class M3TrainingArguments(TrainingArguments):
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: samples have no columns."})
     ddp_find_unused_parameters: bool | None = field(
-        default=True, metadata={"help": "DDP must, as CLIP's last layer is not used, nor CLIP in a batch of text."}
+        default=True, metadata={"help": "Must stay true for DDP: a batch of text does not use CLIP."}
     )
 
     def __post_init__(self):

@@ -27,13 +27,18 @@ def part_of(name: str) -> str:
 
 
 def prepare_parameters(model: M3LlavaForConditionalGeneration, arguments: ModelArguments) -> None:
-    """Adds the LoRA that is asked for, and lets gradients reach what is to be trained."""
+    """Adds the LoRA that is asked for, and lets gradients reach what is to be trained.
+
+    What no gradient can reach is left frozen. It would stay as it is in any case, but without a state in the optimizer,
+    which sharded checkpoints cannot go on from.
+    """
     if arguments.lora:
         add_lora(model, arguments)
+    unused = _unused(model)
     for name, parameter in model.named_parameters():
         part = part_of(name)
         directly = not (arguments.lora and part == "language_model") or "lora_" in name
-        parameter.requires_grad_(directly and not arguments.trains_nothing_of(part))
+        parameter.requires_grad_(directly and not arguments.trains_nothing_of(part) and not name.startswith(unused))
 
 
 def add_lora(model: M3LlavaForConditionalGeneration, arguments: ModelArguments) -> LoraModel:
@@ -89,3 +94,12 @@ def parameter_groups(
         for decays in (True, False)
         if (part, decays) in groups
     ]
+
+
+def _unused(model: M3LlavaForConditionalGeneration) -> tuple[str, ...]:
+    """Where names start of parameters that nothing is computed with: in the vision tower, after the selected layer."""
+    vision = model.config.vision_config
+    layers = range(model.config.num_vision_layers, vision.num_hidden_layers)
+    # CLIP's last norm is of its pooled output alone; other towers have one of all tokens under this name.
+    norm = ["model.vision_tower.post_layernorm."] if vision.model_type == "clip_vision_model" else []
+    return (*(f"model.vision_tower.encoder.layers.{layer}." for layer in layers), *norm)

@@ -15,9 +15,9 @@ from torch.utils.data import Sampler
 class ModalityLengthSampler(Sampler[int]):
     """Yields indices so that every global batch is all with images or all without.
 
-    So every process of a step runs the vision tower, or none does: sharded training, where a step is a sequence of
-    collective calls, would hang otherwise. A kind whose size is not a whole number of global batches is filled up with
-    samples of its own from the start of its order. The order depends on nothing but the arguments and the epoch.
+    So every process of a step runs the vision tower, or none does, and none waits for another that has images to encode. A
+    kind whose size is not a whole number of global batches is filled up with samples of its own from the start of its
+    order. The order depends on nothing but the arguments and the epoch.
 
     Args:
         modality_lengths: the length of each sample, negative without an image.

@@ -36,6 +36,8 @@ class M3Trainer(Trainer):
         self._scale_steps: dict[int, set[int]] = {}
         self._sampler: ModalityLengthSampler | None = None
         self.add_callback(_EpochOfSampler(self))
+        if not self.is_deepspeed_enabled:  # which has gradients of its own, zero where a batch made none
+            self.add_callback(_GradientOfZero(self))
 
     def scales_of_step(self) -> list[int]:
         """The scales of the current optimizer step: the same on every process, and again after a run is resumed."""
@@ -110,3 +112,19 @@ class _EpochOfSampler(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._sampler is not None:
             self.trainer._sampler.set_epoch(int(state.epoch or 0))
+
+
+class _GradientOfZero(TrainerCallback):
+    """A parameter that a batch of text does not use has a gradient of zero, not none, so its momentum moves it.
+
+    So it is in the original, which gives text a blank image, and where parameters are sharded. It makes all ways of training
+    one, and no parameter lacks a state in a checkpoint's optimizer.
+    """
+
+    def __init__(self, trainer: M3Trainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for parameter in self.trainer.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)

@@ -48,6 +48,10 @@ def convert(
         Literal["float32", "float16", "bfloat16"] | None,
         typer.Option(help="Store weights in this type; as they are stored by default."),
     ] = None,
+    quantize: Annotated[
+        Literal["nf4", "int8"] | None,
+        typer.Option(help="Store the language model's layers in 4 or 8 bits, as bitsandbytes has them."),
+    ] = None,
     max_shard_size: Annotated[int, typer.Option(parser=_size, metavar="SIZE", help="Of a weight file.")] = "5GB",
     chat_template: Annotated[
         str | None,
@@ -75,6 +79,7 @@ def convert(
             destination,
             vision_tower=vision_tower,
             dtype=None if dtype is None else getattr(torch, dtype),
+            quantize=quantize,
             max_shard_size=max_shard_size,
             chat_template=chat_template,
             model_id=model_id,

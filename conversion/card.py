@@ -15,6 +15,7 @@ from .original import ConversionError
 
 PAPER_URL = "https://arxiv.org/abs/2405.17430"
 TAGS = ["m3", "matryoshka", "llava", "multimodal", "visual-tokens", "custom_code"]
+_QUANTIZATION_TAGS = {"nf4": ("bitsandbytes", "4-bit"), "int8": ("bitsandbytes", "8-bit")}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -24,6 +25,7 @@ def model_card(
     config: M3LlavaConfig,
     *,
     trained_for_scales: bool,
+    quantization: str | None = None,
     source: Path,
     license: str | None = None,
 ) -> str:
@@ -35,6 +37,7 @@ def model_card(
             last part, and get the paper's published numbers.
         config: of the new checkpoint.
         trained_for_scales: whether the original was trained for several numbers of visual tokens.
+        quantization: how the language model's layers are stored, "nf4" or "int8", where they are not whole.
         source: folder of the original, whose own card names a license.
         license: Hub identifier of the license, in place of the source's.
 
@@ -51,9 +54,10 @@ def model_card(
         license=license or _license_of(source) or about.get("license") or "other",
         language=about.get("language"),
         base_model=base_model,
+        base_model_relation="quantized" if base_model and quantization else None,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=TAGS,
+        tags=[*TAGS, *_QUANTIZATION_TAGS.get(quantization, ())],
         model_name=name if tables else None,
         eval_results=[result for table in tables for result in _eval_results(table)] or None,
     )
@@ -67,6 +71,7 @@ def model_card(
         trained_for_scales=trained_for_scales,
         tiled=config.image_grid_pinpoints is not None,
         scales=scales,
+        quantization=quantization,
         budgets=tuple(sorted({min(scales, key=lambda scale: abs(scale - wanted)) for wanted in (9, 36, 576)})),
         results="\n\n".join(_markdown_table(table) for table in tables),
         paper_url=PAPER_URL,

@@ -35,6 +35,7 @@ from .mapping import (
     unknown_settings,
 )
 from .original import ConversionError, StoredTensor, local_folder, read_json, stored_tensors
+from .quantization import Quantization, quantization_config, quantize_plan
 from .tokenizer import build_tokenizer
 from .vision import VisionTower, find_vision_tower
 from .writer import WEIGHT_DTYPES, PlannedTensor, check_destination, new_folder, write_weights
@@ -71,6 +72,7 @@ def convert(
     *,
     vision_tower: str | None = None,
     dtype: torch.dtype | None = None,
+    quantize: Quantization | None = None,
     max_shard_size: int | str = "5GB",
     chat_template: str | None = None,
     model_id: str | None = None,
@@ -84,6 +86,7 @@ def convert(
         destination: the folder to write. It appears under this name only when it is whole.
         vision_tower: a CLIP folder or Hub id in place of the one that the checkpoint's config names.
         dtype: to store the weights in; as they are stored by default.
+        quantize: store the language model's layers in 4 bits ("nf4") or 8 ("int8"), as bitsandbytes has them.
         max_shard_size: of a weight file, in bytes or as `"5GB"`.
         chat_template: a key of `CHAT_TEMPLATES`; chosen by the checkpoint's name and language model by default.
         model_id: Hub id of the original, for the card; `source` by default.
@@ -114,13 +117,24 @@ def convert(
     tensors, num_dropped = plan(config, checkpoint, vision, dtype, rows, config_file)
     config.architectures = [M3LlavaForConditionalGeneration.__name__]
     config.dtype = next(tensor.dtype for tensor in tensors if tensor.name == _VOCABULARY_NAMES[0])
+    if quantize is not None:
+        config.quantization_config = quantization_config(quantize, config.dtype)
+        tensors = quantize_plan(tensors, config, quantize)
     name = str(model_id or (folder.resolve() if Path(source).is_dir() else source))
     template = chat_template or choose_chat_template(original["model_type"], name)
     with _naming(vision.folder or config_file):
         processor = build_processor(config, tokenizer, vision, original, template)
     generation_config = _generation_config(original, folder, tokenizer, template)
     trained = bool(original.get("matryoshka_vis_token_scale"))
-    card = model_card(destination.name, name, config, trained_for_scales=trained, source=folder, license=license)
+    card = model_card(
+        destination.name,
+        name,
+        config,
+        trained_for_scales=trained,
+        quantization=quantize,
+        source=folder,
+        license=license,
+    )
 
     nbytes = sum(tensor.nbytes for tensor in tensors)
     with new_folder(destination, overwrite=overwrite) as partial:

@@ -23,6 +23,7 @@ REMOTE_CODE_FILES = (
     "objective_m3.py",
     "outputs_m3.py",
     "processing_m3.py",
+    "quantization_m3.py",
     "visual_tokens.py",
 )
 

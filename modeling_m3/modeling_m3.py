@@ -36,6 +36,7 @@ from .configuration_m3 import M3LlavaConfig
 from .generation_m3 import M3LlavaGenerationMixin
 from .objective_m3 import matryoshka_loss
 from .outputs_m3 import M3LlavaCausalLMOutputWithPast, M3LlavaEncodedImages, M3LlavaModelOutputWithPast
+from .quantization_m3 import M3LlavaQuantizationMixin
 from .visual_tokens import (
     SAMPLINGS,
     check_choice,
@@ -103,7 +104,7 @@ class M3LlavaMultiModalProjector(nn.Module):
 
 
 @auto_docstring
-class M3LlavaPreTrainedModel(PreTrainedModel):
+class M3LlavaPreTrainedModel(M3LlavaQuantizationMixin, PreTrainedModel):
     config: M3LlavaConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")

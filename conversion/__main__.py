@@ -41,6 +41,10 @@ def _chat_template(name: str) -> str:
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The original checkpoint: a folder or a Hub id.")],
     destination: Annotated[str, typer.Argument(metavar="DST", help="The folder to write.")],
+    model_base: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Of a LoRA adapter: the folder or Hub id of what it was trained on."),
+    ] = None,
     vision_tower: Annotated[
         str | None, typer.Option(metavar="DIR", help="CLIP folder or Hub id, in place of the config's mm_vision_tower.")
     ] = None,
@@ -77,6 +81,7 @@ def convert(
         written = conversion.convert(
             source,
             destination,
+            model_base=model_base,
             vision_tower=vision_tower,
             dtype=None if dtype is None else getattr(torch, dtype),
             quantize=quantize,

@@ -10,7 +10,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
-from modeling_m3.quantization_m3 import FULL_PRECISION_MODULES, quantizable_layers
+from modeling_m3.loading_m3 import FULL_PRECISION_MODULES, quantizable_layers
 
 from .original import ConversionError, StoredTensor
 from .writer import PlannedTensor

@@ -34,9 +34,9 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .configuration_m3 import M3LlavaConfig
 from .generation_m3 import CACHE_NAME, ONE_KIND_OF_IMAGES, M3LlavaGenerationMixin
+from .loading_m3 import M3LlavaLoadingMixin
 from .objective_m3 import matryoshka_loss
 from .outputs_m3 import M3LlavaCausalLMOutputWithPast, M3LlavaEncodedImages, M3LlavaModelOutputWithPast
-from .quantization_m3 import M3LlavaQuantizationMixin
 from .visual_tokens import (
     SAMPLINGS,
     check_choice,
@@ -110,7 +110,7 @@ class M3LlavaMultiModalProjector(nn.Module):
 
 
 @auto_docstring
-class M3LlavaPreTrainedModel(M3LlavaQuantizationMixin, PreTrainedModel):
+class M3LlavaPreTrainedModel(M3LlavaLoadingMixin, PreTrainedModel):
     config: M3LlavaConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")

@@ -67,17 +67,27 @@ def convert(
     ] = None,
     model_id: Annotated[str | None, typer.Option(help="Hub id of the original, for the card; SRC by default.")] = None,
     license: Annotated[str | None, typer.Option(help="For the card; that of SRC's own card by default.")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Upload DST to this repository of the Hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST where it exists.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where something is wrong.")] = False,
 ) -> None:
     """Convert an original LLaVA or M3 checkpoint to a folder that transformers loads and the Hub takes."""
+    if private and push_to_hub is None:
+        raise typer.BadParameter("--private is about a repository: give --push-to-hub too")
     import torch  # here, so that --help and usage errors come at once
 
     from . import convert as conversion
+    from .hub import check_repository, push
 
     _show_notices()
+    written = None
     before = signal.signal(signal.SIGTERM, _stop)
     try:
+        if push_to_hub is not None:
+            check_repository(push_to_hub)
         written = conversion.convert(
             source,
             destination,
@@ -89,10 +99,15 @@ def convert(
             chat_template=chat_template,
             model_id=model_id,
             license=license,
+            hub_id=push_to_hub,
             overwrite=overwrite,
         )
+        print(written)
+        if push_to_hub is not None:
+            print(f"uploaded {push(written.destination, push_to_hub, private)}")
     except KeyboardInterrupt as stop:
-        print("m3-convert: stopped, nothing was written", file=sys.stderr)
+        left = "nothing was written" if written is None else f"{destination} is written, but not uploaded"
+        print(f"m3-convert: stopped, {left}", file=sys.stderr)
         raise typer.Exit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from stop
     except (ValueError, OSError) as error:
         if debug:
@@ -101,7 +116,6 @@ def convert(
         raise typer.Exit(1) from error
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(written)
 
 
 def _show_notices() -> None:

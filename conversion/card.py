@@ -26,6 +26,7 @@ def model_card(
     *,
     trained_for_scales: bool,
     quantization: str | None = None,
+    hub_id: str | None = None,
     source: Path,
     license: str | None = None,
 ) -> str:
@@ -38,6 +39,7 @@ def model_card(
         config: of the new checkpoint.
         trained_for_scales: whether the original was trained for several numbers of visual tokens.
         quantization: how the language model's layers are stored, "nf4" or "int8", where they are not whole.
+        hub_id: where the new checkpoint will be on the Hub.
         source: folder of the original, whose own card names a license.
         license: Hub identifier of the license, in place of the source's.
 
@@ -66,6 +68,8 @@ def model_card(
         data,
         template_str=_model_cards().joinpath("template.md").read_text(encoding="utf-8"),
         name=name,
+        checkpoint=hub_id or name,
+        hub_id=hub_id,
         about=known.text.strip() if known else None,
         model_id=base_model,
         trained_for_scales=trained_for_scales,

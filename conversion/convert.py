@@ -79,6 +79,7 @@ def convert(
     chat_template: str | None = None,
     model_id: str | None = None,
     license: str | None = None,
+    hub_id: str | None = None,
     overwrite: bool = False,
 ) -> Conversion:
     """Converts an original LLaVA or M3 checkpoint. Needs little memory, whatever the checkpoint's size.
@@ -94,6 +95,7 @@ def convert(
         chat_template: a key of `CHAT_TEMPLATES`; chosen by the checkpoint's name and language model by default.
         model_id: Hub id of the original, for the card; `source` by default.
         license: for the card; the one of the source's own card by default.
+        hub_id: under which the new folder will be on the Hub, for the card's examples.
         overwrite: replace `destination` where it exists.
 
     Raises:
@@ -138,6 +140,7 @@ def convert(
         config,
         trained_for_scales=trained,
         quantization=quantize,
+        hub_id=hub_id,
         source=folder,
         license=license,
     )

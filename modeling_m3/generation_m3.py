@@ -111,12 +111,6 @@ class M3LlavaGenerationMixin(GenerationMixin):
         # A language model that assists drafts from the text alone: it takes no images, and transformers would pass them.
         assistant = kwargs.get("assistant_model")
         if assistant is not None and "pixel_values" not in inspect.signature(assistant.forward).parameters:
-            rows, needed = assistant.get_input_embeddings().num_embeddings, self.config.image_token_id
-            if rows <= needed and kwargs.get("assistant_tokenizer") is None:
-                raise ValueError(
-                    f"The assistant knows {rows} tokens, but <image> is number {needed}. If its other tokens are the same, "
-                    f"call assistant_model.resize_token_embeddings({self.config.text_config.vocab_size}) first."
-                )
             hidden = (*IMAGE_INPUTS, "mm_encoder_outputs")
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in hidden}
         return super()._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)

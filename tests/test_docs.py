@@ -26,9 +26,10 @@ def test_what_a_page_shows_runs(page, converted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```(python|bash)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
+    names = {"__name__": page.stem}  # blocks go on from the ones before
     for language, block in blocks:
         if language == "python":
-            exec(compile(block, str(page), "exec"), {"__name__": page.stem})
+            exec(compile(block, str(page), "exec"), names)
             continue
         for command in block.strip().split(" && "):
             program, *arguments = shlex.split(command)

@@ -11,6 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 from test_modeling import ANYRES, tiny_inputs, tiny_model
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils.peft_utils import check_peft_version
 
 from conversion.convert import convert
 
@@ -68,6 +70,10 @@ def test_an_adapter_trains_saves_loads_and_merges(task, tmp_path):
 
 
 def test_transformers_own_adapter_methods(tmp_path):
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError:
+        pytest.skip(f"this transformers wants PEFT {MIN_PEFT_VERSION}")
     model = tiny_model()
     model.add_adapter(lora(init_lora_weights=False))
     inputs = tiny_inputs(model)

@@ -24,6 +24,8 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
+from .visual_tokens import check_choice
+
 
 logger = logging.get_logger(__name__)
 
@@ -51,9 +53,11 @@ class M3LlavaLoadingMixin:
         if isinstance(quantization_config, dict) and {"load_in_4bit", "load_in_8bit"} & quantization_config.keys():
             quantization_config = BitsAndBytesConfig(**quantization_config)
         own_list = getattr(quantization_config, "llm_int8_skip_modules", None)
-        if isinstance(quantization_config, BitsAndBytesConfig) and own_list is None:
-            quantization_config = copy.deepcopy(quantization_config)
-            quantization_config.llm_int8_skip_modules = list(FULL_PRECISION_MODULES)
+        if isinstance(quantization_config, BitsAndBytesConfig):
+            check_choice("bnb_4bit_quant_type", quantization_config.bnb_4bit_quant_type, ("nf4", "fp4"))
+            if own_list is None:
+                quantization_config = copy.deepcopy(quantization_config)
+                quantization_config.llm_int8_skip_modules = list(FULL_PRECISION_MODULES)
         loaded = super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
         model = loaded[0] if kwargs.get("output_loading_info") else loaded
         if own_list:

@@ -181,6 +181,11 @@ def test_the_card_says_what_the_folder_is(kind, tag, words, tmp_path):
     assert "bitsandbytes" not in (tmp_path / "plain" / "README.md").read_text()
 
 
+def test_an_unknown_kind_of_4_bits_is_refused(tiny):
+    with pytest.raises(ValueError, match="bnb_4bit_quant_type='nf5' must be one of 'nf4', 'fp4'"):
+        load(tiny[1], load_in_4bit=True, bnb_4bit_quant_type="nf5")
+
+
 def test_an_unknown_quantization_is_a_usage_error_that_names_the_known(tmp_path, capsys):
     assert run(GOLDENS / "llava15-m3", tmp_path / "new", "--quantize", "int3") == 2
     error = capsys.readouterr().err

@@ -41,12 +41,20 @@ def _chat_template(name: str) -> str:
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The original checkpoint: a folder or a Hub id.")],
     destination: Annotated[str, typer.Argument(metavar="DST", help="The folder to write.")],
+    model_base: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Of a LoRA adapter: the folder or Hub id of what it was trained on."),
+    ] = None,
     vision_tower: Annotated[
         str | None, typer.Option(metavar="DIR", help="CLIP folder or Hub id, in place of the config's mm_vision_tower.")
     ] = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
         typer.Option(help="Store weights in this type; as they are stored by default."),
+    ] = None,
+    quantize: Annotated[
+        Literal["nf4", "int8"] | None,
+        typer.Option(help="Store the language model's layers in 4 or 8 bits, as bitsandbytes has them."),
     ] = None,
     max_shard_size: Annotated[int, typer.Option(parser=_size, metavar="SIZE", help="Of a weight file.")] = "5GB",
     chat_template: Annotated[
@@ -59,30 +67,47 @@ def convert(
     ] = None,
     model_id: Annotated[str | None, typer.Option(help="Hub id of the original, for the card; SRC by default.")] = None,
     license: Annotated[str | None, typer.Option(help="For the card; that of SRC's own card by default.")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Upload DST to this repository of the Hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST where it exists.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where something is wrong.")] = False,
 ) -> None:
     """Convert an original LLaVA or M3 checkpoint to a folder that transformers loads and the Hub takes."""
+    if private and push_to_hub is None:
+        raise typer.BadParameter("--private is about a repository: give --push-to-hub too")
     import torch  # here, so that --help and usage errors come at once
 
     from . import convert as conversion
+    from .hub import check_repository, push
 
     _show_notices()
+    written = None
     before = signal.signal(signal.SIGTERM, _stop)
     try:
+        if push_to_hub is not None:
+            check_repository(push_to_hub)
         written = conversion.convert(
             source,
             destination,
+            model_base=model_base,
             vision_tower=vision_tower,
             dtype=None if dtype is None else getattr(torch, dtype),
+            quantize=quantize,
             max_shard_size=max_shard_size,
             chat_template=chat_template,
             model_id=model_id,
             license=license,
+            hub_id=push_to_hub,
             overwrite=overwrite,
         )
+        print(written)
+        if push_to_hub is not None:
+            print(f"uploaded {push(written.destination, push_to_hub, private)}")
     except KeyboardInterrupt as stop:
-        print("m3-convert: stopped, nothing was written", file=sys.stderr)
+        left = "nothing was written" if written is None else f"{destination} is written, but not uploaded"
+        print(f"m3-convert: stopped, {left}", file=sys.stderr)
         raise typer.Exit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from stop
     except (ValueError, OSError) as error:
         if debug:
@@ -91,7 +116,6 @@ def convert(
         raise typer.Exit(1) from error
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(written)
 
 
 def _show_notices() -> None:

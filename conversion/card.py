@@ -15,6 +15,7 @@ from .original import ConversionError
 
 PAPER_URL = "https://arxiv.org/abs/2405.17430"
 TAGS = ["m3", "matryoshka", "llava", "multimodal", "visual-tokens", "custom_code"]
+_QUANTIZATION_TAGS = {"nf4": ("bitsandbytes", "4-bit"), "int8": ("bitsandbytes", "8-bit")}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -24,6 +25,8 @@ def model_card(
     config: M3LlavaConfig,
     *,
     trained_for_scales: bool,
+    quantization: str | None = None,
+    hub_id: str | None = None,
     source: Path,
     license: str | None = None,
     training: str | None = None,
@@ -36,6 +39,8 @@ def model_card(
             last part, and get the paper's published numbers.
         config: of the new checkpoint.
         trained_for_scales: whether the original was trained for several numbers of visual tokens.
+        quantization: how the language model's layers are stored, "nf4" or "int8", where they are not whole.
+        hub_id: where the new checkpoint will be on the Hub.
         source: folder of the original, whose own card names a license.
         license: Hub identifier of the license, in place of the source's.
         training: for a checkpoint that was trained from `model_id`, not converted: how, in Markdown. What is published of
@@ -45,34 +50,36 @@ def model_card(
         ConversionError: the source's card cannot be read.
     """
     known = None if training else _known_card(Path(model_id).name)
-    about = known.data.to_dict() if known else {}
-    tables = about.get("results", [])
-    base_model = about.get("model_id") or (
-        model_id if _HUB_ID.fullmatch(model_id) and not Path(model_id).is_dir() else None
-    )
+    about = known.data if known else ModelCardData()
+    results = about.eval_results or []
+    base_model = about.base_model or (model_id if _HUB_ID.fullmatch(model_id) and not Path(model_id).is_dir() else None)
     data = ModelCardData(
-        license=license or _license_of(source) or about.get("license") or "other",
-        language=about.get("language"),
+        license=license or _license_of(source) or about.license or "other",
+        language=about.language,
         base_model=base_model,
+        base_model_relation="quantized" if base_model and quantization else None,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=TAGS,
-        model_name=name if tables else None,
-        eval_results=[result for table in tables for result in _eval_results(table)] or None,
+        tags=[*TAGS, *_QUANTIZATION_TAGS.get(quantization, ())],
+        model_name=name if results else None,
+        eval_results=results or None,
     )
     scales = config.visual_token_scales
     card = ModelCard.from_template(
         data,
         template_str=_model_cards().joinpath("template.md").read_text(encoding="utf-8"),
         name=name,
+        checkpoint=hub_id or name,
+        hub_id=hub_id,
         about=known.text.strip() if known else None,
         model_id=base_model,
         training=training,
         trained_for_scales=trained_for_scales,
         tiled=config.image_grid_pinpoints is not None,
         scales=scales,
+        quantization=quantization,
         budgets=tuple(sorted({min(scales, key=lambda scale: abs(scale - wanted)) for wanted in (9, 36, 576)})),
-        results="\n\n".join(_markdown_table(table) for table in tables),
+        results="\n\n".join(_markdown_tables(results)),
         paper_url=PAPER_URL,
     )
     return re.sub(r"\n{3,}", "\n\n", f"{str(card).rstrip()}\n")  # what the template left out leaves gaps
@@ -99,26 +106,15 @@ def _license_of(source: Path) -> str | None:
         raise ConversionError(f"{file}: its metadata cannot be read ({error}): correct or remove it") from error
 
 
-def _eval_results(table: dict[str, Any]) -> list[EvalResult]:
-    """One published number per benchmark and number of visual tokens."""
-    return [
-        EvalResult(
-            task_type="image-text-to-text",
-            dataset_type=benchmark.lower(),
-            dataset_name=benchmark,
-            metric_type=table["metric"],
-            metric_name=f"{table['metric']} at {scale} visual tokens",
-            metric_args={"num_visual_tokens": scale},
-            metric_value=value,
-            source_name=f"Matryoshka Multimodal Models, {table['table']}",
-            source_url=PAPER_URL,
-        )
-        for scale, values in table["by_num_visual_tokens"].items()
-        for benchmark, value in zip(table["benchmarks"], values, strict=True)
-    ]
-
-
-def _markdown_table(table: dict[str, Any]) -> str:
-    rows = [[f"Visual tokens ({table['table']})", *table["benchmarks"]], ["---", *("--:" for _ in table["benchmarks"])]]
-    rows += [[scale, *values] for scale, values in table["by_num_visual_tokens"].items()]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+def _markdown_tables(results: list[EvalResult]) -> list[str]:
+    """Published numbers as the paper's tables have them: a row for each number of visual tokens, a column per benchmark."""
+    tables = []
+    for source in dict.fromkeys(result.source_name for result in results):
+        scores: dict[int, dict[str, float]] = {}
+        for result in (result for result in results if result.source_name == source):
+            scores.setdefault(result.metric_args["num_visual_tokens"], {})[result.dataset_name] = result.metric_value
+        benchmarks = list(next(iter(scores.values())))
+        rows = [[f"Visual tokens ({source.split(', ')[-1]})", *benchmarks], ["---", *("--:" for _ in benchmarks)]]
+        rows += [[scale, *(row[benchmark] for benchmark in benchmarks)] for scale, row in scores.items()]
+        tables.append("\n".join(f"| {' | '.join(map(str, row))} |" for row in rows))
+    return tables

@@ -24,6 +24,7 @@ from modeling_m3 import (
 
 from .card import model_card
 from .chat_templates import CHAT_TEMPLATES, choose_chat_template
+from .lora import is_adapter, merged_tensors
 from .mapping import (
     CHECKPOINT_KEYS,
     CHECKPOINT_VISION_PREFIX,
@@ -35,6 +36,7 @@ from .mapping import (
     unknown_settings,
 )
 from .original import ConversionError, StoredTensor, local_folder, read_json, stored_tensors
+from .quantization import Quantization, quantization_config, quantize_plan
 from .tokenizer import build_tokenizer
 from .vision import VisionTower, find_vision_tower
 from .writer import WEIGHT_DTYPES, PlannedTensor, check_destination, new_folder, write_weights
@@ -69,12 +71,15 @@ def convert(
     source: str | Path,
     destination: str | Path,
     *,
+    model_base: str | Path | None = None,
     vision_tower: str | None = None,
     dtype: torch.dtype | None = None,
+    quantize: Quantization | None = None,
     max_shard_size: int | str = "5GB",
     chat_template: str | None = None,
     model_id: str | None = None,
     license: str | None = None,
+    hub_id: str | None = None,
     overwrite: bool = False,
 ) -> Conversion:
     """Converts an original LLaVA or M3 checkpoint. Needs little memory, whatever the checkpoint's size.
@@ -82,12 +87,15 @@ def convert(
     Args:
         source: the checkpoint's folder or its Hub id.
         destination: the folder to write. It appears under this name only when it is whole.
+        model_base: where `source` is a LoRA adapter, the folder or Hub id of the model it was trained on.
         vision_tower: a CLIP folder or Hub id in place of the one that the checkpoint's config names.
         dtype: to store the weights in; as they are stored by default.
+        quantize: store the language model's layers in 4 bits ("nf4") or 8 ("int8"), as bitsandbytes has them.
         max_shard_size: of a weight file, in bytes or as `"5GB"`.
         chat_template: a key of `CHAT_TEMPLATES`; chosen by the checkpoint's name and language model by default.
         model_id: Hub id of the original, for the card; `source` by default.
         license: for the card; the one of the source's own card by default.
+        hub_id: under which the new folder will be on the Hub, for the card's examples.
         overwrite: replace `destination` where it exists.
 
     Raises:
@@ -103,24 +111,39 @@ def convert(
     arguments = translate_config(original, str(config_file))
     for setting in unknown_settings(original):
         logger.warning("%s: the setting %s is not known and has no effect on what is written", config_file, setting)
-    checkpoint = stored_tensors(folder)
+    base = _base_folder(folder, model_base)  # has what an adapter's folder lacks: weights and tokenizer
+    checkpoint = stored_tensors(base)
+    if base != folder:
+        checkpoint = merged_tensors(folder, checkpoint, base)
     vision = find_vision_tower(original, folder, checkpoint, vision_tower)
-    _check_apart(destination, folder, vision.folder)
-    with _naming(folder):
-        tokenizer = build_tokenizer(folder, model_config=original)
+    _check_apart(destination, folder, base, vision.folder)
+    with _naming(base):
+        tokenizer = build_tokenizer(base, model_config=original)
     rows = _check_vocabulary(original, checkpoint, tokenizer, folder)
     with _naming(config_file):
         config = M3LlavaConfig(**_with_vocabulary(arguments, tokenizer, rows), vision_config=vision.config)
     tensors, num_dropped = plan(config, checkpoint, vision, dtype, rows, config_file)
     config.architectures = [M3LlavaForConditionalGeneration.__name__]
     config.dtype = next(tensor.dtype for tensor in tensors if tensor.name == _VOCABULARY_NAMES[0])
+    if quantize is not None:
+        config.quantization_config = quantization_config(quantize, config.dtype)
+        tensors = quantize_plan(tensors, config, quantize)
     name = str(model_id or (folder.resolve() if Path(source).is_dir() else source))
     template = chat_template or choose_chat_template(original["model_type"], name)
     with _naming(vision.folder or config_file):
         processor = build_processor(config, tokenizer, vision, original, template)
-    generation_config = _generation_config(original, folder, tokenizer, template)
+    generation_config = _generation_config(original, base, tokenizer, template)
     trained = bool(original.get("matryoshka_vis_token_scale"))
-    card = model_card(destination.name, name, config, trained_for_scales=trained, source=folder, license=license)
+    card = model_card(
+        destination.name,
+        name,
+        config,
+        trained_for_scales=trained,
+        quantization=quantize,
+        hub_id=hub_id,
+        source=folder,
+        license=license,
+    )
 
     nbytes = sum(tensor.nbytes for tensor in tensors)
     with new_folder(destination, overwrite=overwrite) as partial:
@@ -189,9 +212,9 @@ def plan(
 
 def _remapped(tensors: dict[str, StoredTensor], table: dict[str, str | None]) -> Iterator[tuple[str, StoredTensor]]:
     """The tensors that the table does not drop, with their new names."""
-    for tensor in tensors.values():
+    for key, tensor in tensors.items():
         try:
-            name = remap_key(tensor.key, table)
+            name = remap_key(key, table)
         except KeyError as error:
             raise ConversionError(
                 f"{tensor.file}: {tensor.key} is not a key of an original LLaVA or M3 model: it cannot be converted"
@@ -230,6 +253,20 @@ def build_processor(
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         chat_template=template,
     )
+
+
+def _base_folder(folder: Path, model_base: str | Path | None) -> Path:
+    """Where the weights that a LoRA adapter changes lie; the folder itself for a model."""
+    if not is_adapter(folder):
+        if model_base is not None:
+            raise ConversionError(
+                f"{folder} holds no LoRA adapter, but --model-base {model_base} is given: leave it out"
+            )
+        return folder
+    if model_base is None:
+        trained_on = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise ConversionError(f"{folder} is a LoRA adapter of {trained_on!r}: name that model with --model-base")
+    return local_folder(model_base)
 
 
 def write_all_but_weights(

@@ -93,6 +93,10 @@ class StoredTensor:
                 left -= len(view)
                 yield torch.frombuffer(view, dtype=self.dtype)
 
+    def read(self) -> torch.Tensor:
+        """All of it. Raises as `chunks` does."""
+        return torch.cat([chunk.clone() for chunk in self.chunks()]).view(self.shape)
+
     def cut_off(self) -> ConversionError:
         """The error for a file that ends before the tensor does."""
         return ConversionError(f"{self.file} ends inside {self.key}: download or copy it again")
@@ -109,7 +113,8 @@ def local_folder(name: str | Path, *, weights: bool = True) -> Path:
     if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
         raise ConversionError(f"{name} is not a folder: give a checkpoint's folder or its Hub id")
     try:
-        folder = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.model", "README.md"]))
+        small = ["*.json", "*.model", "README.md", "adapter_model.*", "non_lora_trainables.bin"]  # adapters are small
+        folder = Path(snapshot_download(str(name), allow_patterns=small))
         for pattern in ("model*.safetensors", "pytorch_model*.bin") if weights else ():
             snapshot_download(str(name), allow_patterns=[pattern])
             if any(folder.glob(pattern)):
@@ -147,7 +152,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     file = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
     if file is None:
         raise ConversionError(
-            f"{folder} holds no model weights ({', '.join(WEIGHT_FILES)}): a projector or adapter alone must be merged "
+            f"{folder} holds no model weights ({', '.join(WEIGHT_FILES)}): a projector alone must be put "
             "into its language model first"
         )
     whole = WholeFile()
@@ -165,6 +170,15 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             raise ConversionError(f"{file} {where}: the index and the files are not of one checkpoint")
         tensors |= held
     return tensors
+
+
+def file_tensors(file: Path) -> dict[str, StoredTensor]:
+    """Every tensor of one file, safetensors or `.bin`, by key.
+
+    Raises:
+        ConversionError: it is damaged, or a pickle that needs code to be run.
+    """
+    return _tensors_of(file, WholeFile())
 
 
 def _indexed_shards(index: Path) -> dict[Path, set[str]]:

@@ -24,8 +24,9 @@ from .original import SAFETENSORS_DTYPES, ConversionError, StoredTensor
 
 logger = logging.getLogger(__name__)
 
-_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items() if dtype.is_floating_point}
-WEIGHT_DTYPES = tuple(_DTYPE_NAMES)
+_WEIGHT_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items() if dtype.is_floating_point}
+WEIGHT_DTYPES = tuple(_WEIGHT_DTYPE_NAMES)
+_DTYPE_NAMES = {**_WEIGHT_DTYPE_NAMES, torch.int8: "I8", torch.uint8: "U8"}  # the latter for quantized weights
 _WRITERS = 2  # a second one hides the time that the system needs for new pages; more gain nothing
 _NOT_BETWEEN_THESE_FILES = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
@@ -42,6 +43,11 @@ class PlannedTensor:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether a whole file must be loaded to read it, so that two never are."""
+        return self.source.offset is None
 
     def chunks(self) -> Iterator[torch.Tensor]:
         """The values to write in order, about 1 MB at a time."""
@@ -156,10 +162,9 @@ def _write_safetensors(file: Path, tensors: list[PlannedTensor], progress: Calla
 
     Source of the layout: https://github.com/huggingface/safetensors#format
     """
-    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # aligns every one, as the library does
     header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for tensor in tensors:
+    for tensor in sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize):  # aligns every one, as the library does
         start, end = end, end + tensor.nbytes
         header[tensor.name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype],
@@ -170,8 +175,7 @@ def _write_safetensors(file: Path, tensors: list[PlannedTensor], progress: Calla
     text += b" " * (-len(text) % 8)
     file.write_bytes(len(text).to_bytes(8, "little") + text)
     starts = [8 + len(text) + header[tensor.name]["data_offsets"][0] for tensor in tensors]
-    # One writer where a whole file must be loaded to read a tensor, so that two never are.
-    writers = _WRITERS if all(tensor.source.offset is not None for tensor in tensors) else 1
+    writers = 1 if any(tensor.one_at_a_time for tensor in tensors) else _WRITERS
     with ThreadPoolExecutor(writers) as pool:
         for nbytes in pool.map(functools.partial(_write_tensor, file), tensors, starts):
             progress(nbytes)

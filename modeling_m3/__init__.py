@@ -19,6 +19,7 @@ REMOTE_CODE_FILES = (
     "configuration_m3.py",
     "generation_m3.py",
     "image_processing_m3.py",
+    "loading_m3.py",
     "modeling_m3.py",
     "objective_m3.py",
     "outputs_m3.py",

@@ -53,7 +53,9 @@ def ask(
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer at every scale of the checkpoint.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer, in tokens, at most.")] = 256,
-    device: Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, ... The GPU if there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to run: cpu, cuda, ..., auto for all there are. The GPU if there is one.")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
 ) -> None:
     """Answers a question about a picture, at the number of visual tokens you choose."""
@@ -90,25 +92,31 @@ def _ask(
         return processor(images=picture, text=text, num_visual_tokens=scale, return_tensors="pt")
 
     inputs = prepare(num_visual_tokens)  # refuses a wrong number before the weights are loaded
-    model = AutoModelForImageTextToText.from_pretrained(model_name, dtype="auto").to(device).eval()
+    model = AutoModelForImageTextToText.from_pretrained(model_name, dtype="auto", device_map=device)
 
-    def answer(inputs: Any, show: bool, max_new_tokens: int = max_new_tokens) -> tuple[_Answer, float, float]:
+    def answer(
+        inputs: Any, show: bool, max_new_tokens: int = max_new_tokens, **images: Any
+    ) -> tuple[_Answer, float, float]:
         streamer, start = _Answer(processor, show), time.perf_counter()
-        model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, streamer=streamer)
+        model.generate(**inputs.to(model.device), **images, max_new_tokens=max_new_tokens, streamer=streamer)
         return streamer, streamer.first_token_at - start, time.perf_counter() - start
 
     if not compare:
         answer(inputs, show=True)
         return
-    answer(
-        prepare(min(processor.visual_token_scales)), show=False, max_new_tokens=1
-    )  # warm up: the first call is slower
-    print("visual tokens  first token   total  answer")
-    for scale in sorted(processor.visual_token_scales):
+    scales = sorted(processor.visual_token_scales)
+    answer(prepare(scales[0]), show=False, max_new_tokens=1)  # warm up: the first call is slower
+    pixels, start = prepare(scales[0]).to(model.device), time.perf_counter()
+    with torch.no_grad():
+        encoded = model.encode_images(pixels["pixel_values"], pixels.get("image_sizes"))
+    print(f"encoded once in {time.perf_counter() - start:.3f} s")
+    print("visual tokens  first token    total  answer")
+    for scale in scales:
         inputs = prepare(scale)
+        inputs.pop("pixel_values")
         tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
-        streamer, first, total = answer(inputs, show=False)
-        row = f"{tokens:>13}  {first:>9.2f} s  {total:>4.2f} s  "
+        streamer, first, total = answer(inputs, show=False, encoded_images=encoded)
+        row = f"{tokens:>13}  {first:>9.3f} s  {total:>4.3f} s  "
         print(row + textwrap.fill(" ".join(streamer.text.split()), 80).replace("\n", "\n" + " " * len(row)))
 
 
@@ -122,6 +130,8 @@ def _open_picture(path: Path) -> Image.Image:
 
 
 def _check_device(device: str) -> str:
+    if device == "auto":
+        return device
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter from a build of torch without CUDA

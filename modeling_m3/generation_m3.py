@@ -16,12 +16,16 @@
 Part of the model; apart from it because only this depends on the releases of transformers that differ here.
 """
 
+import inspect
 from typing import Any
 
 import torch
 from transformers import GenerationMixin
+from transformers.generation import CandidateGenerator
 from transformers.generation import utils as generation_utils
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+
+from .outputs_m3 import M3LlavaEncodedImages
 
 
 # What describes images among the model's inputs. `generate` needs them for the first step only.
@@ -33,10 +37,31 @@ IMAGE_INPUTS = (
     "image_grid_pinpoints",
     "image_tile_grids",
 )
+# What this release of transformers calls the cache, in arguments of `forward` and in outputs: 5.24 renamed it.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+ONE_KIND_OF_IMAGES = "Pass only one of pixel_values, encoded_images and mm_encoder_outputs: each is the images"
 
 
 class M3LlavaGenerationMixin(GenerationMixin):
     """`generate` for a model with `get_image_features` and `model.get_placeholder_mask`."""
+
+    def generate(self, *args: Any, encoded_images: M3LlavaEncodedImages | None = None, **kwargs: Any) -> Any:
+        """
+        As in transformers, and from images that were encoded before.
+
+        Args:
+            encoded_images: what `encode_images` returned, in place of `pixel_values`. With `num_visual_tokens` as the
+                prompt was made with it, several calls answer at several scales, and the vision tower runs no more.
+        """
+        if encoded_images is not None:
+            if kwargs.get("pixel_values") is not None:
+                raise ValueError(ONE_KIND_OF_IMAGES)
+            scales, sampling = (kwargs.pop(name, None) for name in ("num_visual_tokens", "visual_token_sampling"))
+            with torch.no_grad():
+                tokens = self.get_visual_tokens(encoded_images, scales, sampling)
+            kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tokens)}
+        return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -81,6 +106,14 @@ class M3LlavaGenerationMixin(GenerationMixin):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, model_kwargs | expanded
+
+    def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> CandidateGenerator:
+        # A language model that assists drafts from the text alone: it takes no images, and transformers would pass them.
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and "pixel_values" not in inspect.signature(assistant.forward).parameters:
+            hidden = (*IMAGE_INPUTS, "mm_encoder_outputs")
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in hidden}
+        return super()._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
 
     def _prefill(
         self, input_ids: torch.LongTensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any

@@ -33,7 +33,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
 
 from .configuration_m3 import M3LlavaConfig
-from .generation_m3 import M3LlavaGenerationMixin
+from .generation_m3 import CACHE_NAME, ONE_KIND_OF_IMAGES, M3LlavaGenerationMixin
+from .loading_m3 import M3LlavaLoadingMixin
 from .objective_m3 import matryoshka_loss
 from .outputs_m3 import M3LlavaCausalLMOutputWithPast, M3LlavaEncodedImages, M3LlavaModelOutputWithPast
 from .visual_tokens import (
@@ -64,6 +65,12 @@ IMAGE_ARGUMENTS = r"""
 FORWARD_ARGUMENTS = f"""{IMAGE_ARGUMENTS}
     mm_encoder_outputs (`dict`, *optional*):
         `{{"image": get_image_features(...)}}`, in place of `pixel_values`.
+    encoded_images (`M3LlavaEncodedImages`, *optional*):
+        `encode_images(...)`, in place of `pixel_values`, for any `num_visual_tokens` without the vision tower.
+    past_key_values (`Cache`, *optional*):
+        Keys and values of the tokens before `input_ids`.
+    cache (`Cache`, *optional*):
+        The same: transformers 5.24 renamed it.
 """
 TRAINING_ARGUMENTS = f"""{FORWARD_ARGUMENTS}
     matryoshka_scales (`list[int]`, *optional*):
@@ -103,12 +110,12 @@ class M3LlavaMultiModalProjector(nn.Module):
 
 
 @auto_docstring
-class M3LlavaPreTrainedModel(PreTrainedModel):
+class M3LlavaPreTrainedModel(M3LlavaLoadingMixin, PreTrainedModel):
     config: M3LlavaConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -287,23 +294,25 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         visual_token_sampling: str | None = None,
         image_grid_pinpoints: list[list[int]] | None = None,
         image_tile_grids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        encoded_images: M3LlavaEncodedImages | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | M3LlavaModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        encoded = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None and encoded is not None:
-            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+        images = (mm_encoder_outputs or {}).get("image")
+        if sum(given is not None for given in (pixel_values, images, encoded_images)) > 1:
+            raise ValueError(ONE_KIND_OF_IMAGES)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         if pixel_values is not None:
-            encoded = self.get_image_features(
+            images = self.get_image_features(
                 pixel_values,
                 image_sizes=image_sizes,
                 num_visual_tokens=num_visual_tokens,
@@ -312,22 +321,25 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
                 image_tile_grids=image_tile_grids,
                 return_dict=True,
             )
+        tokens = None if images is None else images.pooler_output
+        if encoded_images is not None:
+            tokens = self.get_visual_tokens(encoded_images, num_visual_tokens, visual_token_sampling)
         image_features = None
-        if encoded is not None:
-            image_features = torch.cat(list(encoded.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+        if tokens is not None:
+            image_features = torch.cat(list(tokens)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), image_features)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE_NAME: past_key_values if cache is None else cache},
             **kwargs,
         )
         return M3LlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
@@ -392,6 +404,7 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -399,11 +412,12 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
         image_grid_pinpoints: list[list[int]] | None = None,
         image_tile_grids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        encoded_images: M3LlavaEncodedImages | None = None,
         matryoshka_scales: list[int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | M3LlavaCausalLMOutputWithPast:
         if matryoshka_scales is not None:
-            encoded = None
+            encoded = encoded_images
             if pixel_values is not None:
                 encoded = self.model.encode_images(pixel_values, image_sizes, image_grid_pinpoints, image_tile_grids)
             loss, scale_losses = matryoshka_loss(
@@ -416,7 +430,7 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
                 num_visual_tokens=_as_list(num_visual_tokens),
                 visual_token_sampling=visual_token_sampling,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                past_key_values=past_key_values if cache is None else cache,
                 inputs_embeds=inputs_embeds,
                 mm_encoder_outputs=mm_encoder_outputs,
                 **kwargs,
@@ -429,12 +443,13 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
             num_visual_tokens=num_visual_tokens,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             visual_token_sampling=visual_token_sampling,
             image_grid_pinpoints=image_grid_pinpoints,
             image_tile_grids=image_tile_grids,
             mm_encoder_outputs=mm_encoder_outputs,
+            encoded_images=encoded_images,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -448,7 +463,7 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
         return M3LlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,

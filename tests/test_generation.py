@@ -1,9 +1,13 @@
 """`generate` in all its modes: mixed budgets, left padding, beams, several answers, caches, streaming, encoded images."""
 
+from threading import Thread
+
 import pytest
 import torch
+from conftest import picture
 from test_modeling import ANYRES, tiny_inputs, tiny_model
-from transformers import GenerationConfig
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -39,8 +43,6 @@ def test_a_left_padded_batch_of_all_budgets_answers_as_single_calls():
 
 
 def test_the_converted_checkpoint_answers_a_batch_of_five_budgets_as_five_calls(loaded):
-    from conftest import picture
-
     model, processor = loaded["llava15-m3"]
     prompt, images = "USER: <image>\nWhat is this? ASSISTANT:", [picture("img1_640x480.png").convert("RGB")] * 5
     budgets = [1, 9, 36, 144, 576]
@@ -230,3 +232,126 @@ def test_prefilling_in_chunks_sees_the_images_or_is_refused():
         assert "prefill_chunk_size" in str(error)
     else:
         assert torch.equal(generated, answer(model, inputs, eos_token_id=None))
+
+
+def test_text_is_streamed_to_another_thread(loaded):
+    model, processor = loaded["llava15-m3"]
+    inputs = processor(
+        images=picture("photo_400x266.png"),
+        text="USER: <image>\nWhat is this? ASSISTANT:",
+        num_visual_tokens=36,
+        return_tensors="pt",
+    )
+    expected = processor.decode(answer(model, inputs)[0], skip_special_tokens=True)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    thread = Thread(target=model.generate, kwargs={**inputs, **GREEDY, "streamer": streamer})
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    assert "".join(pieces) == expected and len(pieces) > 1
+
+
+def test_a_chat_with_several_pictures_at_budgets_of_their_own(loaded):
+    model, processor = loaded["llava15-m3"]
+    pictures = [picture("photo_400x266.png").convert("RGB"), picture("img2_480x640.png").convert("RGB")]
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "What is this?"}],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        {"role": "user", "content": [{"type": "image", "image": pictures[1]}, {"type": "text", "text": "And this?"}]},
+    ]
+    inputs = processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"num_visual_tokens": [9, 144]},
+    )
+    assert inputs["num_visual_tokens"].tolist() == [9, 144]
+    runs = torch.unique_consecutive(inputs["input_ids"][0] == processor.image_token_id, return_counts=True)
+    assert runs[1][runs[0]].tolist() == [9, 144]
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        features = [
+            model.get_image_features(inputs["pixel_values"][index : index + 1], num_visual_tokens=scale).pooler_output[
+                0
+            ]
+            for index, scale in enumerate((9, 144))
+        ]
+        embeds = model.get_input_embeddings()(ids)
+        embeds[ids == processor.image_token_id] = torch.cat(features)
+        expected = model.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(ids), **GREEDY)
+    assert torch.equal(answer(model, inputs), expected)
+
+
+def test_a_static_cache_is_compiled_whole_and_not_again_for_every_budget(monkeypatch):
+    """The eager backend: what is traced is the same for every one, and quickly made."""
+    model = tiny_model()
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = CompileConfig(backend="eager", fullgraph=True)
+    compiled._compile_all_devices = True
+    graphs = []
+    for scale in (9, 36, 144, 1, 36):
+        inputs = tiny_inputs(model, scales=(scale,))
+        expected = answer(model, inputs, eos_token_id=None)
+        kwargs = {"cache_implementation": "static", "compile_config": compiled, "eos_token_id": None}
+        assert torch.equal(answer(model, inputs, **kwargs), expected)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert not counters["graph_break"]
+    assert 1 <= graphs[0] and graphs[-1] == graphs[1] <= 2 * graphs[0], graphs
+
+
+def language_model(rows):
+    """A smaller one that sees no images."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=rows,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=1024,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_language_model_may_assist(encoded):
+    """Once it has as many tokens: the last one here stands for images."""
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    expected = answer(model, inputs, eos_token_id=None)
+    assistant = language_model(98)
+    assistant.resize_token_embeddings(model.config.text_config.vocab_size)
+    if encoded:
+        with torch.no_grad():
+            inputs["encoded_images"] = model.encode_images(inputs.pop("pixel_values"))
+    assert torch.equal(answer(model, inputs, eos_token_id=None, assistant_model=assistant), expected)
+
+
+def test_flex_attention_computes_what_the_others_do():
+    """Without compiling it: what is shown is that masks, caches and shapes are such that it can be used."""
+    model = tiny_model(text_config={"hidden_size": 64}, vision_config={"hidden_size": 32})
+    inputs = tiny_inputs(model)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        model.set_attn_implementation("flex_attention")
+        assert model.model.language_model.config._attn_implementation == "flex_attention"
+        with torch.compiler.set_stance("force_eager"):
+            torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_flash_attention_needs_nothing_but_its_package():
+    model = tiny_model()
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match="flash_attn|flash-attn|Flash Attention|FlashAttention"):
+            model.set_attn_implementation("flash_attention_2")
+    else:
+        model.set_attn_implementation("flash_attention_2")
+        assert model.config._attn_implementation == "flash_attention_2"

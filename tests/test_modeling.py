@@ -263,7 +263,7 @@ def test_encoded_images_in_place_of_pixels():
         encoded = {"image": model.get_image_features(**images)}
         text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         torch.testing.assert_close(model(**text, mm_encoder_outputs=encoded).logits, expected)
-    with pytest.raises(ValueError, match="both"):
+    with pytest.raises(ValueError, match="only one of pixel_values"):
         model(**inputs, mm_encoder_outputs=encoded)
 
 

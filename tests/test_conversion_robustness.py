@@ -119,7 +119,7 @@ DAMAGES = {
     "no weights": (lambda f: [p.unlink() for p in f.glob("model*")], ["no model weights"]),
     "projector only": (
         lambda f: [p.unlink() for p in f.glob("model*")] + [(f / "mm_projector.bin").touch()],
-        ["no model weights", "merged"],
+        ["no model weights", "its language model"],
     ),
     "shard missing": (remove(SHARD), [SHARD, "missing"]),
     "shard truncated": (truncate(SHARD), [SHARD, "truncated"]),

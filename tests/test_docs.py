@@ -1,8 +1,11 @@
 """The pages under docs/ are run as written, in their order: Python blocks and commands, but for those that install."""
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,5 +40,8 @@ def test_what_a_page_shows_runs(page, converted, tmp_path, monkeypatch):
                 assert convert(arguments) == 0, command
             elif program == "m3-ask":
                 modeling_m3.__main__.app(arguments, standalone_mode=False)
+            elif program == "python":
+                environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+                subprocess.run([sys.executable, *arguments], env=environment, check=True)
             else:
                 assert (program, arguments[:1]) == ("pip", ["install"]), command

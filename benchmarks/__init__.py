@@ -1,0 +1,1 @@
+"""Measurements that anyone can repeat: each a command, `python -m benchmarks.NAME`."""

@@ -1,1 +1,1 @@
-"""Scripts that measure M3. Not installed: run them from the repository, as `python -m benchmarks.NAME`."""
+"""Measurements that anyone can repeat: each a command, `python -m benchmarks.NAME`."""

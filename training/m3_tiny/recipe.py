@@ -1,0 +1,182 @@
+"""The recipe of m3-tiny: which runs there are, in which order, from where and with what.
+
+Every run is a folder; one that is finished is not run again, and one that was interrupted goes on from its last checkpoint.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel, set_seed
+
+from conversion.card import model_card
+from conversion.convert import write_all_but_weights
+from conversion.writer import new_folder
+from modeling_m3.visual_tokens import SAMPLINGS
+from training.arguments import DataArguments, M3TrainingArguments, ModelArguments
+from training.finetune import finetune
+
+from .data import Records, corpus, test_easy_vqa, test_scenes
+from .evaluate import evaluate
+from .model import new_model, new_processor, train_tokenizer
+from .scenes import TRAIN_FONTS, Question
+from .stages import Round, train_vision_tower
+
+
+SCALES = (1, 9, 36, 144, 576)
+BATCH = 16
+# Quarter views are learned from four times as fast as whole ones, whose number of tokens the tower must get used to.
+VISION_ROUNDS = (
+    Round(view=168, batch=32, steps=2600, learning_rate=2e-3),
+    Round(view=336, batch=16, steps=300, learning_rate=5e-4),
+    Round(view=168, batch=32, steps=1700, learning_rate=1e-3),
+    Round(view=336, batch=16, steps=200, learning_rate=3e-4),
+)
+TEST_PICTURES = 1000  # generated ones, with one question of each kind, and those of easy-vqa with several
+ABLATION_TEST_PICTURES = 300
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of `training.finetune` on generated records.
+
+    Attributes:
+        start: the run whose result it starts from.
+        steps: of 16 pictures.
+        scales: visual tokens to train at.
+        scale_choice: as in `training.finetune`.
+        learning_rate: of language model and projector; half of it for the vision tower.
+        freeze_vision_tower: whether the tower stays as the first stage left it.
+        sampling: how the visual tokens of coarser scales are made.
+        samplings: how they are made in its test.
+        test_scales: visual tokens it is tested at; all by default.
+    """
+
+    start: str
+    steps: int
+    scales: tuple[int, ...]
+    scale_choice: str = "all"
+    learning_rate: float = 1e-3
+    freeze_vision_tower: bool = False
+    sampling: str = "average"
+    samplings: tuple[str, ...] = ("average",)
+    test_scales: tuple[int, ...] = SCALES
+
+    @property
+    def is_ablation(self) -> bool:
+        return self.steps == ABLATION_STEPS
+
+
+FINAL_STEPS = 400
+ABLATION_STEPS = 150
+RUNS = {
+    # Paper section 4.1: M3 starts from a LLaVA. This is one, trained at 144 tokens because that is cheap.
+    "language": Run("untrained", 1600, (144,), "fixed", 2e-3, freeze_vision_tower=True, samplings=SAMPLINGS),
+    # Paper, equation 3.2.
+    "m3": Run("language", FINAL_STEPS, SCALES),
+    # The same at one scale: 576 alone, to be pooled without training (Table 4), and two "SS" models (Table 2).
+    "full": Run("language", FINAL_STEPS, (576,), "fixed", samplings=SAMPLINGS),
+    "ss-36": Run("language", FINAL_STEPS, (36,), "fixed", test_scales=(36,)),
+    "ss-9": Run("language", FINAL_STEPS, (9,), "fixed", test_scales=(9,)),
+    # In small: how tokens are sampled (Table 6), all scales or a random one, and what to start from (Table 8).
+    "ablation-average": Run("language", ABLATION_STEPS, SCALES),
+    "ablation-spatial": Run("language", ABLATION_STEPS, SCALES, sampling="spatial", samplings=("spatial",)),
+    "ablation-sequential": Run("language", ABLATION_STEPS, SCALES, sampling="sequential", samplings=("sequential",)),
+    "ablation-random": Run("language", ABLATION_STEPS, SCALES, "random"),
+    "ablation-scratch": Run("untrained", ABLATION_STEPS, SCALES),
+}
+
+
+def prepare(folder: Path, seed: int = 0) -> Path:
+    """The first stage: `folder/untrained/final`, a checkpoint whose vision tower alone is trained."""
+    final = folder / "untrained" / "final"
+    if final.exists():
+        return final
+    processor = new_processor(train_tokenizer(corpus()))
+    tower = train_vision_tower(
+        folder / "vision", lambda: new_model(processor.tokenizer).model.vision_tower, VISION_ROUNDS, seed
+    )
+    set_seed(seed)
+    model = new_model(processor.tokenizer)
+    model.model.vision_tower.load_state_dict(CLIPVisionModel.from_pretrained(tower).state_dict())
+    card = model_card("untrained", "untrained", model.config, trained_for_scales=False, source=folder)
+    final.parent.mkdir(exist_ok=True)
+    with new_folder(final, overwrite=False) as partial:
+        model.save_pretrained(partial)
+        write_all_but_weights(partial, model.config, processor, model.generation_config, card)
+    return final
+
+
+def train(folder: Path, name: str, seed: int = 0) -> Path:
+    """Trains one of `RUNS`; returns the folder of its result."""
+    run = RUNS[name]
+    output = folder / name
+    if (output / "final").exists():
+        return output / "final"
+    start = folder / run.start / "final"
+    if run.sampling != "average":
+        start = _with_sampling(start, folder / f"{run.start}-{run.sampling}", run.sampling)
+    return finetune(
+        ModelArguments(model_name_or_path=str(start), freeze_vision_tower=run.freeze_vision_tower),
+        DataArguments(model_max_length=1024, strict=True),
+        M3TrainingArguments(
+            output_dir=str(output),
+            matryoshka_scales=list(run.scales),
+            scale_choice=run.scale_choice,
+            max_steps=run.steps,
+            per_device_train_batch_size=BATCH,
+            learning_rate=run.learning_rate,
+            vision_tower_learning_rate=run.learning_rate / 2,
+            lr_scheduler_type="cosine",
+            warmup_steps=run.steps // 15,
+            weight_decay=0.05,
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            group_by_modality_length=False,
+            dataloader_num_workers=1,
+            logging_steps=10,
+            save_steps=50,
+            save_total_limit=1,
+            seed=seed,
+            report_to=[],
+        ),
+        records=Records(run.steps * BATCH, "language" if run.freeze_vision_tower else "final"),
+    )
+
+
+def measure(folder: Path, name: str) -> dict:
+    """Asks the result of a run all test questions; keeps and returns the counts, by sampling and kind of question."""
+    file = folder / name / "answers.json"
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))
+    run, final = RUNS[name], folder / name / "final"
+    processor = AutoProcessor.from_pretrained(final, backend="pil")
+    model = AutoModelForImageTextToText.from_pretrained(final, dtype=torch.float32).eval()
+    pictures = ABLATION_TEST_PICTURES if run.is_ablation else TEST_PICTURES
+
+    def ask(tests: Iterable[tuple[Image.Image, list[Question]]]) -> dict[str, dict]:
+        answers = evaluate(model, processor, tests, run.test_scales, run.samplings)
+        return {sampling: answered.summary() for sampling, answered in answers.items()}
+
+    counts = ask(test_scenes(pictures))
+    if not run.is_ablation:
+        for sampling, by_kind in ask(test_easy_vqa()).items():
+            counts[sampling] |= by_kind
+    if name == "m3":  # what the font that training has not costs
+        counts["seen fonts"] = ask(test_scenes(ABLATION_TEST_PICTURES, TRAIN_FONTS))["average"]
+    file.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
+    return counts
+
+
+def _with_sampling(source: Path, copy: Path, sampling: str) -> Path:
+    """The same checkpoint, told to sample its visual tokens otherwise."""
+    if not copy.exists():
+        shutil.copytree(source, copy)
+        config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+        config["visual_token_sampling"] = sampling
+        (copy / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return copy

@@ -24,7 +24,7 @@ from .data import Records, corpus, test_easy_vqa, test_scenes
 from .evaluate import evaluate
 from .model import new_model, new_processor, train_tokenizer
 from .scenes import TRAIN_FONTS, Question
-from .stages import Round, train_vision_tower
+from .vision_training import Round, train_vision_tower
 
 
 SCALES = (1, 9, 36, 144, 576)

@@ -1,0 +1,81 @@
+"""The first stage's run: rounds of `transformers.Trainer` on labelled scenes, each going on where it was interrupted."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import CLIPVisionModel, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .vision import LabelledScenes, PatchClassifier
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of the vision tower's training.
+
+    Attributes:
+        view: side of the square that it sees, in pixels; 336 is all of its grid.
+        batch, steps: pictures per step, and steps.
+        learning_rate: at its highest.
+    """
+
+    view: int
+    batch: int
+    steps: int
+    learning_rate: float
+
+
+def train_vision_tower(folder: Path, tower: Callable[[], CLIPVisionModel], rounds: Sequence[Round], seed: int) -> Path:
+    """Teaches the vision tower what every patch shows, round after round. Returns the folder of the last one's result.
+
+    A round has a folder of its own, with `result` when it is done; it is then not run again.
+    """
+    result = None
+    for number, settings in enumerate(rounds):
+        before, result = result, folder / str(number) / "result"
+        if not result.exists():
+            set_seed(seed)
+            model = PatchClassifier(tower()) if before is None else _load(before)
+            scenes = LabelledScenes(settings.steps * settings.batch, settings.view, f"vision {number}")
+            _run(model, settings, folder / str(number), scenes, seed)
+    return result
+
+
+def _run(model: PatchClassifier, settings: Round, folder: Path, dataset: LabelledScenes, seed: int) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        warmup_steps=settings.steps // 25,
+        weight_decay=0.05,
+        dataloader_num_workers=1,
+        logging_steps=25,
+        save_steps=100,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        report_to=[],
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
+    checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).exists() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    partial = folder / "result.incomplete"
+    shutil.rmtree(partial, ignore_errors=True)
+    trainer.model.vision_tower.save_pretrained(partial)
+    torch.save(trainer.model.head.state_dict(), partial / "head.pt")
+    trainer.state.save_to_json(str(partial / "trainer_state.json"))
+    partial.rename(folder / "result")
+    shutil.rmtree(arguments.output_dir)
+
+
+def _load(folder: Path) -> PatchClassifier:
+    model = PatchClassifier(CLIPVisionModel.from_pretrained(folder))
+    model.head.load_state_dict(torch.load(folder / "head.pt"))
+    return model

@@ -3,6 +3,8 @@
 Importing this package registers M3 with the Auto classes, so that M3 checkpoints load without `trust_remote_code`.
 """
 
+from pathlib import Path
+
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 # From its own module: in older releases `transformers.AutoImageProcessor` cannot be used without torchvision.
@@ -36,6 +38,12 @@ AutoImageProcessor.register(
     image_processor_classes={"torchvision": M3LlavaImageProcessor, "pil": M3LlavaImageProcessorPil},
 )
 
+
+def default_checkpoint() -> Path:
+    """The folder of m3-tiny, a small trained checkpoint that ships with the package: `model_cards/m3-tiny.md`."""
+    return Path(__file__).with_name("m3_tiny")
+
+
 __all__ = [
     "REMOTE_CODE_FILES",
     "M3LlavaConfig",
@@ -45,4 +53,5 @@ __all__ = [
     "M3LlavaModel",
     "M3LlavaPreTrainedModel",
     "M3LlavaProcessor",
+    "default_checkpoint",
 ]

@@ -46,7 +46,9 @@ class _Answer(TextStreamer):
 def ask(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The picture.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask about it.")],
-    model: Annotated[str, typer.Option(help="An M3 checkpoint: a folder, or an id on the Hub.")],
+    model: Annotated[
+        str, typer.Option(help="An M3 checkpoint: a folder, or an id on the Hub.", show_default="m3-tiny, a small one")
+    ] = str(modeling_m3.default_checkpoint()),
     num_visual_tokens: Annotated[
         int | None,
         typer.Option(help="Visual tokens the picture may cost, per tile. The checkpoint's default if left out."),

@@ -40,7 +40,7 @@ def test_commands(folder):
         result = run(arguments, folder)
         assert result.returncode == 0, f"{command}\n{result.stderr}"
         ran.append(program)
-    assert ran == ["m3-convert", "m3-ask", "m3-ask", "python", "python"]
+    assert ran == ["m3-ask", "m3-ask", "m3-ask", "m3-convert", "python", "python"]
     for written in ("m3-demo", "m3-next-demo", "m3-demo-trained/final"):
         assert (folder / written / "config.json").is_file()
 

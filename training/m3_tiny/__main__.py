@@ -45,7 +45,7 @@ def main(
         list(pool.map(run, [name for name in RUNS if name != "language"]))
     counts = {name: measure(folder, name) for name in RUNS}
     (folder / "results.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
-    print(f"m3-tiny is in {folder / 'm3' / 'final'}, the counts are in {folder / 'results.json'}")
+    print(f"m3-tiny is in {folder / 'm3-tiny' / 'final'}, the counts are in {folder / 'results.json'}")
 
 
 typer.run(main)

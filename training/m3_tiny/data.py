@@ -49,14 +49,14 @@ class Records(Sequence):
         return {"id": f"{self.name}-{index}", "image": picture, "conversations": turns}
 
 
-def test_scenes(length: int, fonts: Sequence[str] = TEST_FONTS) -> Iterator[tuple[Image.Image, list[Question]]]:
+def held_out_scenes(length: int, fonts: Sequence[str] = TEST_FONTS) -> Iterator[tuple[Image.Image, list[Question]]]:
     """Pictures and questions of seeds and, unless said otherwise, a font that training never sees."""
     for index in range(length):
         made = scene(f"test {index}", fonts)
         yield made.picture, made.questions
 
 
-def test_easy_vqa() -> Iterator[tuple[Image.Image, list[Question]]]:
+def held_out_easy_vqa() -> Iterator[tuple[Image.Image, list[Question]]]:
     """The whole test split of easy-vqa: 1,000 pictures, 9,673 questions."""
     for path, questions in easy_vqa_pictures("test").values():
         yield Image.open(path).convert("RGB"), questions

@@ -20,7 +20,7 @@ from modeling_m3.visual_tokens import SAMPLINGS
 from training.arguments import DataArguments, M3TrainingArguments, ModelArguments
 from training.finetune import finetune
 
-from .data import Records, corpus, test_easy_vqa, test_scenes
+from .data import Records, corpus, held_out_easy_vqa, held_out_scenes
 from .evaluate import evaluate
 from .model import new_model, new_processor, train_tokenizer
 from .scenes import TRAIN_FONTS, Question
@@ -77,7 +77,7 @@ RUNS = {
     # Paper section 4.1: M3 starts from a LLaVA. This is one, trained at 144 tokens because that is cheap.
     "language": Run("untrained", 1600, (144,), "fixed", 2e-3, freeze_vision_tower=True, samplings=SAMPLINGS),
     # Paper, equation 3.2.
-    "m3": Run("language", FINAL_STEPS, SCALES),
+    "m3-tiny": Run("language", FINAL_STEPS, SCALES),
     # The same at one scale: 576 alone, to be pooled without training (Table 4), and two "SS" models (Table 2).
     "full": Run("language", FINAL_STEPS, (576,), "fixed", samplings=SAMPLINGS),
     "ss-36": Run("language", FINAL_STEPS, (36,), "fixed", test_scales=(36,)),
@@ -103,7 +103,9 @@ def prepare(folder: Path, seed: int = 0) -> Path:
     set_seed(seed)
     model = new_model(processor.tokenizer)
     model.model.vision_tower.load_state_dict(CLIPVisionModel.from_pretrained(tower).state_dict())
-    card = model_card("untrained", "untrained", model.config, trained_for_scales=False, source=folder)
+    card = model_card(
+        "untrained", "untrained", model.config, trained_for_scales=False, source=folder, license="apache-2.0"
+    )
     final.parent.mkdir(exist_ok=True)
     with new_folder(final, overwrite=False) as partial:
         model.save_pretrained(partial)
@@ -162,12 +164,12 @@ def measure(folder: Path, name: str) -> dict:
         answers = evaluate(model, processor, tests, run.test_scales, run.samplings)
         return {sampling: answered.summary() for sampling, answered in answers.items()}
 
-    counts = ask(test_scenes(pictures))
+    counts = ask(held_out_scenes(pictures))
     if not run.is_ablation:
-        for sampling, by_kind in ask(test_easy_vqa()).items():
+        for sampling, by_kind in ask(held_out_easy_vqa()).items():
             counts[sampling] |= by_kind
-    if name == "m3":  # what the font that training has not costs
-        counts["seen fonts"] = ask(test_scenes(ABLATION_TEST_PICTURES, TRAIN_FONTS))["average"]
+    if name == "m3-tiny":  # what the font that training has not costs
+        counts["seen fonts"] = ask(held_out_scenes(ABLATION_TEST_PICTURES, TRAIN_FONTS))["average"]
     file.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
     return counts
 

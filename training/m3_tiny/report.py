@@ -80,7 +80,7 @@ def header(counts: Counts) -> str:
             metric_type="exact_match",
             metric_name=f"exact match at {scale} visual tokens",
             metric_args={"num_visual_tokens": scale},
-            metric_value=round(counts.accuracy("m3", scale, [kind])[0], 1),
+            metric_value=round(counts.accuracy("m3-tiny", scale, [kind])[0], 1),
             source_name="The recipe of m3-tiny, its test pictures",
             source_url=PAPER_URL,
         )
@@ -94,22 +94,22 @@ def header(counts: Counts) -> str:
 def text(counts: Counts, plots: str) -> str:
     """The page below its header. What a run has not been measured for is left out."""
     parts = [
-        "A small M3, trained from nothing on two CPU cores, that answers questions about simple pictures: shapes, colours, "
-        "short codes. It ships with the package, as the model of its first command, its tests and its demos; and it shows in "
+        "A small M3, trained from nothing on two CPU cores, that answers questions about simple pictures: what is where, of which "
+        "shape and colour, how many, what is written. It ships with the package, as the model of its first command, its tests and its demos; and it shows in "
         "small what the paper finds: some questions need a handful of visual tokens, others need them all.",
         "All numbers are percentages of questions answered to the letter by greedy decoding, with 95% intervals, on pictures "
-        f"that training never saw: the whole test split of easy-vqa ({counts.questions('m3', EASY_VQA):,} questions), and "
+        f"that training never saw: the whole test split of easy-vqa ({counts.questions('m3-tiny', EASY_VQA):,} questions), and "
         f"generated pictures of other seeds, whose codes are written in another font ({', '.join(TEST_FONTS)}; training has "
-        f"{', '.join(TRAIN_FONTS)}), {counts.questions('m3', 'code'):,} questions of each kind. Made by:",
+        f"{', '.join(TRAIN_FONTS)}), {counts.questions('m3-tiny', 'code'):,} questions of each kind. Made by:",
         "```bash\npython -m training.m3_tiny m3-tiny-run && python -m training.m3_tiny.report m3-tiny-run/results.json\n```",
         "## By kind of question",
         _table(
             ["Visual tokens", *KINDS],
-            [[scale, *(counts.cell("m3", scale, [kind]) for kind in KINDS)] for scale in FINEST_FIRST],
+            [[scale, *(counts.cell("m3-tiny", scale, [kind]) for kind in KINDS)] for scale in FINEST_FIRST],
         ),
         f"![Accuracy by number of visual tokens and kind of question]({plots}/by-kind.png)",
         "Codes in the fonts that training has, on new pictures: "
-        + "; ".join(f"{counts.cell('m3', scale, ['code'], 'seen fonts')} at {scale}" for scale in FINEST_FIRST)
+        + "; ".join(f"{counts.cell('m3-tiny', scale, ['code'], 'seen fonts')} at {scale}" for scale in FINEST_FIRST)
         + ".",
         "## Against models trained otherwise",
         f"{_training_free(counts)} is pooled without training for it (paper, Table 4)."
@@ -127,6 +127,9 @@ def text(counts: Counts, plots: str) -> str:
         "and 1 where no number does, as the paper's authors count (Table 2).",
         _table(["Question", "576 tokens", "oracle", "its mean tokens"], [_oracle(counts, kind) for kind in KINDS]),
     ]
+    missing = [name for name in RUNS if name not in counts.counts]
+    if missing:
+        parts.insert(3, f"Runs of the recipe that were not made for this page yet: {', '.join(missing)}.")
     if any(name.startswith("ablation-") for name in counts.counts):
         parts += [
             "## Ablations, in small",
@@ -140,13 +143,13 @@ def text(counts: Counts, plots: str) -> str:
 
 def plot_kinds(counts: Counts, file: Path) -> None:
     """One line per kind of question."""
-    lines = {kind: [counts.accuracy("m3", scale, [kind]) for scale in SCALES] for kind in KINDS}
+    lines = {kind: [counts.accuracy("m3-tiny", scale, [kind]) for scale in SCALES] for kind in KINDS}
     _plot(lines, file, "accuracy of m3-tiny, %", dashed=NO_DETAIL)
 
 
 def plot_models(counts: Counts, file: Path) -> None:
     """M3 and the training-free ways, where no detail is needed."""
-    lines = {"M3": [counts.accuracy("m3", scale, NO_DETAIL) for scale in SCALES]}
+    lines = {"M3": [counts.accuracy("m3-tiny", scale, NO_DETAIL) for scale in SCALES]}
     free = _free(counts)
     for sampling in RUNS[free].samplings:
         lines[f"{NAMES[free]}, {sampling}"] = [counts.accuracy(free, scale, NO_DETAIL, sampling) for scale in SCALES]
@@ -190,12 +193,15 @@ def _models(counts: Counts, kinds: Sequence[str]) -> str:
         alone = next((name for name, run in RUNS.items() if run.start == "language" and run.scales == (scale,)), None)
         trained_alone = counts.cell(alone, scale, kinds) if alone in counts.counts else ""
         pooled = [counts.cell(free, scale, kinds, sampling) for sampling in RUNS[free].samplings]
-        rows.append([scale, counts.cell("m3", scale, kinds), trained_alone, *pooled])
+        rows.append([scale, counts.cell("m3-tiny", scale, kinds), trained_alone, *pooled])
     return _table(["Visual tokens", "M3", "SS", *(f"{NAMES[free]}, {way}" for way in RUNS[free].samplings)], rows)
 
 
 def _oracle(counts: Counts, kind: str) -> list[str]:
-    return [kind, *(f"{value:.1f}" for value in (counts.accuracy("m3", 576, [kind])[0], *counts.oracle("m3", kind)))]
+    return [
+        kind,
+        *(f"{value:.1f}" for value in (counts.accuracy("m3-tiny", 576, [kind])[0], *counts.oracle("m3-tiny", kind))),
+    ]
 
 
 def _ablations(counts: Counts) -> str:

@@ -1,0 +1,1 @@
+../configuration_m3.py

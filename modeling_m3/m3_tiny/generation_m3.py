@@ -1,0 +1,1 @@
+../generation_m3.py

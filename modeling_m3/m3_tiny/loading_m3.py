@@ -1,0 +1,1 @@
+../loading_m3.py

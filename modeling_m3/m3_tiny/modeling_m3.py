@@ -1,0 +1,1 @@
+../modeling_m3.py

@@ -1,0 +1,1 @@
+../objective_m3.py

@@ -1,0 +1,1 @@
+../outputs_m3.py

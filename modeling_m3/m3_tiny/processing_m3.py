@@ -1,0 +1,1 @@
+../processing_m3.py

@@ -12,23 +12,20 @@ temporaries, but not its hoards.
 """
 
 import gc
-import json
 import math
-import multiprocessing
 import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
+
+from .measure import forget_peak_memory, in_a_fresh_process, in_turn, machine, memory, save, spread
 
 
 SCALES = [1, 9, 36, 144, 576]
@@ -139,16 +136,8 @@ class Steps:
 
 def measure_times(shape: dict[str, Any], repeats: int) -> dict[str, list[float]]:
     """Seconds of every way, in turn; each round begins with another."""
-    steps, ways = Steps(shape), list(WAYS)
-    seconds = {way: [] for way in ways}
-    for way in ways:
-        steps(way)
-    for repeat in range(repeats):
-        for way in ways[repeat % len(ways) :] + ways[: repeat % len(ways)]:
-            start = time.perf_counter()
-            steps(way)
-            seconds[way].append(time.perf_counter() - start)
-    return seconds
+    steps = Steps(shape)
+    return in_turn({way: lambda way=way: steps(way) for way in WAYS}, repeats)
 
 
 def measure_memory(shape: dict[str, Any], way: str) -> tuple[int, float]:
@@ -159,37 +148,10 @@ def measure_memory(shape: dict[str, Any], way: str) -> tuple[int, float]:
     steps = Steps(shape)
     loss = steps(way)
     gc.collect()
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = memory()
+    forget_peak_memory()
     steps(way)
-    return _status("VmHWM") - before, loss
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-def _in_a_fresh_process(function: Callable, *arguments: Any) -> Any:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
-def _machine() -> dict[str, Any]:
-    names = [line.split(": ", 1)[1] for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _read(path: str) -> str:
-    return Path(path).read_text() if Path(path).exists() else ""
+    return memory("VmHWM") - before, loss
 
 
 def summarize(measured: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -220,8 +182,7 @@ def table(result: dict[str, Any]) -> str:
     for way, values in result["measured"].items():
         cells = []
         for numbers, digits in ((values["seconds"], 2), ([number / 2**20 for number in values["bytes"]], 0)):
-            middle, *ends = (f"{f(numbers):.{digits}f}" for f in (statistics.median, min, max))
-            cells.append(f"{middle} ({ends[0]} to {ends[1]})")
+            cells.append(spread(numbers, digits))
         lines.append(f"| {way} | {' | '.join(cells)} |")
     lines += ["", "| five scales | measured | at most |", "|---|---|---|"]
     lines += [f"| {name} | {ratio:.2f} | {BARS.get(name, '')} |" for name, ratio in result["ratios"].items()]
@@ -237,12 +198,12 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         "language": sum(p.numel() for p in (*model.model.language_model.parameters(), *model.lm_head.parameters())),
     }
     del model
-    seconds = _in_a_fresh_process(measure_times, shape, repeats)
+    seconds = in_a_fresh_process(measure_times, shape, repeats)
     measured = {way: {"seconds": seconds[way], "bytes": [], "loss": None} for way in WAYS}
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # of glibc, for new processes
     for _ in range(min(repeats, 3)):
         for way in WAYS:
-            peak, measured[way]["loss"] = _in_a_fresh_process(measure_memory, shape, way)
+            peak, measured[way]["loss"] = in_a_fresh_process(measure_memory, shape, way)
             measured[way]["bytes"].append(peak)
     if not math.isclose(measured["five scales"]["loss"], measured["plain way"]["loss"], rel_tol=1e-5):
         raise RuntimeError(f"Both ways to train at five scales must have the same loss: {measured}")
@@ -251,7 +212,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         "settings": shape,
         "text_tokens": {"before": TEXT_BEFORE, "after": TEXT_AFTER, "labelled": LABELLED},
         "parameters": counts,
-        "machine": _machine(),
+        "machine": machine(),
         "measured": measured,
         "ratios": summarize(measured),
         "bars": BARS,
@@ -266,8 +227,7 @@ def main(
     """Measures a training step over five scales."""
     result = measure(shape.value, repeats)
     print(table(result))
-    if output is not None:
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save(result, output)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def test_all_ways_are_timed_and_summed_up(monkeypatch):
         return (peaks[argument], 1.0) if function is matryoshka_step.measure_memory else function(shape, argument)
 
     monkeypatch.setitem(matryoshka_step.SHAPES, "small", SMALL)
-    monkeypatch.setattr(matryoshka_step, "_in_a_fresh_process", call)
+    monkeypatch.setattr(matryoshka_step, "in_a_fresh_process", call)
     monkeypatch.setattr(matryoshka_step.os, "environ", {})
     result = matryoshka_step.measure("small", repeats=2)
     seconds = [statistics.median(result["measured"][way]["seconds"]) for way in ("five scales", "plain way")]
@@ -51,7 +51,7 @@ def test_all_ways_are_timed_and_summed_up(monkeypatch):
 def test_memory_is_that_of_a_step(monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     (peak, loss), (plain_peak, plain_loss) = (
-        matryoshka_step._in_a_fresh_process(matryoshka_step.measure_memory, SMALL, way)
+        matryoshka_step.in_a_fresh_process(matryoshka_step.measure_memory, SMALL, way)
         for way in ("five scales", "plain way")
     )
     assert loss == pytest.approx(plain_loss, rel=1e-5)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
+from modeling_m3.visual_tokens import count_visual_tokens, num_tiles, tile_grid
 
 
 # The language model's shape; "1b" is TinyLlama-1.1B's. The vision tower is CLIP-ViT-L/14-336, but for "tiny".
@@ -29,15 +30,22 @@ _TINY_VISION = {
 }
 
 
-def random_config(size: str) -> M3LlavaConfig:
-    """LLaVA-1.5-M3 with a language model of a shape of `SHAPES`."""
+# LLaVA-1.6's, as (height, width), and one of 3x3 tiles as in Table 5 of the paper.
+PINPOINTS = [[672, 336], [336, 672], [672, 672], [336, 1008], [1008, 336], [1008, 1008]]
+
+
+def random_config(size: str, cut_into_tiles: bool = False) -> M3LlavaConfig:
+    """LLaVA-1.5-M3, or LLaVA-NeXT-M3, with a language model of a shape of `SHAPES`."""
+    tiles = {"image_grid_pinpoints": PINPOINTS, "patch_merge_type": "spatial_unpad"} if cut_into_tiles else {}
     vision = _TINY_VISION if size == "tiny" else None
-    return M3LlavaConfig(vision_config=vision, text_config={**SHAPES[size], "vocab_size": 32064})
+    return M3LlavaConfig(vision_config=vision, text_config={**SHAPES[size], "vocab_size": 32064}, **tiles)
 
 
-def random_model(size: str, dtype: torch.dtype = torch.float32) -> M3LlavaForConditionalGeneration:
+def random_model(
+    size: str, dtype: torch.dtype = torch.float32, cut_into_tiles: bool = False
+) -> M3LlavaForConditionalGeneration:
     torch.manual_seed(0)
-    return M3LlavaForConditionalGeneration(random_config(size)).to(dtype).eval()
+    return M3LlavaForConditionalGeneration(random_config(size, cut_into_tiles)).to(dtype).eval()
 
 
 def save_random_checkpoint(size: str, folder: Path) -> None:
@@ -46,14 +54,44 @@ def save_random_checkpoint(size: str, folder: Path) -> None:
         random_model(size).save_pretrained(folder)
 
 
-def prompt(model: M3LlavaForConditionalGeneration, scale: int, text: int = 64) -> dict[str, torch.Tensor]:
-    """Inputs of one image at `scale` visual tokens and `text` other ones, on the model's device."""
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(3, 30000, (text,), generator=generator).tolist()
-    ids = torch.tensor([[1, *words[: text // 2], *[model.config.image_token_id] * scale, *words[text // 2 :]]])
-    side = model.config.vision_config.image_size
-    pixels = torch.randn(1, 3, side, side, generator=generator)
+def prompt(
+    model: M3LlavaForConditionalGeneration,
+    scale: int,
+    text: int = 64,
+    batch: int = 1,
+    images: int = 1,
+    image_size: tuple[int, int] = (336, 336),
+) -> dict[str, torch.Tensor]:
+    """Inputs on the model's device, as a processor makes them: in every prompt, images between two halves of the text.
+
+    Args:
+        model: its configuration decides whether images are cut into tiles.
+        scale: visual tokens per tile.
+        text: tokens that are not visual ones, but for the one that begins the sequence.
+        batch: prompts.
+        images: per prompt.
+        image_size: (height, width) in pixels; matters where images are cut into tiles.
+    """
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    side, grid = config.vision_config.image_size, None
+    if config.image_grid_pinpoints is not None:
+        grid = tile_grid(image_size, config.image_grid_pinpoints, side)
+    placeholders = images * count_visual_tokens(scale, grid, image_size, config.patch_merge_type)
+    words = torch.randint(3, 30000, (batch, text), generator=generator)
+    ids = torch.cat(
+        [
+            torch.ones(batch, 1, dtype=torch.long),
+            words[:, : text // 2],
+            torch.full((batch, placeholders), config.image_token_id),
+            words[:, text // 2 :],
+        ],
+        dim=1,
+    )
+    tiles = () if grid is None else (num_tiles(grid),)
+    pixels = torch.randn(batch * images, *tiles, 3, side, side, generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(model.dtype)}
-    return {name: value.to(model.device) for name, value in inputs.items()} | {
-        "num_visual_tokens": torch.tensor([scale])
-    }
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    inputs["num_visual_tokens"] = torch.full((batch * images,), scale)
+    if grid is not None:
+        inputs["image_sizes"] = torch.tensor([image_size] * batch * images)
+    return inputs

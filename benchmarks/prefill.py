@@ -1,0 +1,181 @@
+"""Prefill and time to first token at every number of visual tokens: `python -m benchmarks.prefill --output FILE.json`.
+
+A prefill is one `forward` with pictures, vision tower included, up to the logits of the last position. The time to the
+first token begins with a picture and a text: processor, then `generate`. Beside them stand the floating-point operations
+of the same work, counted by torch on the meta device, and how far the measured ratio to the finest scale exceeds theirs.
+"""
+
+import statistics
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib.pyplot as plt
+import torch
+import typer
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoProcessor
+
+from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration, default_checkpoint
+
+from .measure import in_turn, markdown_table, save, spread
+from .random_checkpoint import SHAPES, prompt, random_model
+
+
+BAR = 1.10  # measured ratio to the finest scale, at most this much of the ratio of FLOPs
+TEXT = "<|user|><image>\nWhat does the sign behind the two people say?<|assistant|>"
+Size = Enum("Size", {name: name for name in SHAPES}, type=str)
+
+
+def prefill_flops(config: M3LlavaConfig, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Floating-point operations of a prefill with these inputs, counted by torch; no weight is allocated.
+
+    Multiplications and additions count one each; what is not a matrix product or attention does not count.
+
+    Returns:
+        "total", and "attention": those between tokens, which grow with the square of their number.
+    """
+    with torch.device("meta"):
+        model = M3LlavaForConditionalGeneration(config).eval()
+    batch, length = inputs["input_ids"].shape
+    scales = inputs["num_visual_tokens"].tolist()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoded = model.encode_images(inputs["pixel_values"].to("meta"), inputs.get("image_sizes"))
+        model.get_visual_tokens(encoded, scales)
+        embeddings = torch.empty(batch, length, config.text_config.hidden_size, device="meta")
+        model(inputs_embeds=embeddings, logits_to_keep=1)
+    by_operation = counter.get_flop_counts()["Global"]
+    between_tokens = (torch.ops.aten.bmm, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+    return {
+        "total": counter.get_total_flops(),
+        "attention": sum(count for operation, count in by_operation.items() if operation in between_tokens),
+    }
+
+
+@torch.no_grad()
+def prefill(model: M3LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> None:
+    model(**inputs, logits_to_keep=1).logits.cpu()
+
+
+def measure(size: str, dtype: str, batch: int, text: int, repeats: int, device: str) -> dict[str, Any]:
+    """One case: seconds of every scale's prefill and first token, in turn, and FLOPs.
+
+    Args:
+        size: of `SHAPES`.
+        dtype: of weights and arithmetic, by torch's name.
+        batch: prompts with one picture each.
+        text: tokens of a prompt that are not visual ones.
+        repeats: measurements of each.
+        device: to run on.
+    """
+    model = random_model(size, getattr(torch, dtype)).to(device)
+    processor = AutoProcessor.from_pretrained(default_checkpoint(), backend="pil")
+    model.config.image_token_id = processor.image_token_id
+    picture = Image.effect_mandelbrot((640, 480), (-2, -1.5, 1, 1.5), 100).convert("RGB")
+    scales = sorted(model.config.visual_token_scales, reverse=True)
+    prompts = {scale: prompt(model, scale, text - 1, batch) for scale in scales}
+
+    def first_token(scale: int) -> None:
+        inputs = processor(
+            images=[picture] * batch, text=[TEXT] * batch, num_visual_tokens=scale, return_tensors="pt"
+        ).to(device, model.dtype)
+        model.generate(**inputs, max_new_tokens=1, do_sample=False).cpu()
+
+    runs: dict[str, Callable] = {
+        f"prefill {scale}": lambda scale=scale: prefill(model, prompts[scale]) for scale in scales
+    }
+    runs |= {f"first token {scale}": lambda scale=scale: first_token(scale) for scale in scales}
+    seconds = in_turn(runs, repeats)
+    return {
+        "size": size,
+        "dtype": dtype,
+        "batch": batch,
+        "text_tokens": text,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "scales": [
+            {
+                "visual_tokens": scale,
+                "flops": prefill_flops(model.config, prompts[scale])["total"],
+                "prefill": seconds[f"prefill {scale}"],
+                "first_token": seconds[f"first token {scale}"],
+            }
+            for scale in scales
+        ],
+    }
+
+
+def relative(case: dict[str, Any]) -> list[tuple[float, float]]:
+    """For every scale: (median prefill time, FLOPs), as parts of the finest scale's."""
+    times = [statistics.median(row["prefill"]) for row in case["scales"]]
+    flops = [row["flops"] for row in case["scales"]]
+    return [(time / times[0], count / flops[0]) for time, count in zip(times, flops)]
+
+
+def table(case: dict[str, Any]) -> str:
+    rows = []
+    for row, (time, flops) in zip(case["scales"], relative(case)):
+        rows.append(
+            [row["visual_tokens"], f"{row['flops'] / 1e12:.2f}", spread(row["prefill"]), f"{time:.3f}", f"{flops:.3f}"]
+            + [f"{time / flops:.2f}", spread(row["first_token"])]
+        )
+    header = [
+        "visual tokens",
+        "TFLOPs",
+        "prefill, s",
+        "of the finest",
+        "FLOPs of the finest",
+        "ratio",
+        "first token, s",
+    ]
+    return (
+        f"{case['size']}, {case['parameters'] / 1e9:.2f} B parameters, {case['dtype']}, batch {case['batch']}, "
+        f"{case['text_tokens']} text tokens; medians of {len(case['scales'][0]['prefill'])}, least to most. "
+        f"`ratio` should be at most {BAR}.\n\n{markdown_table(header, rows)}"
+    )
+
+
+def plot(cases: list[dict[str, Any]], file: Path) -> None:
+    """Visual tokens against prefill time and FLOPs, both as parts of those of the finest scale."""
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for case in cases:
+        tokens = [row["visual_tokens"] for row in case["scales"]]
+        times = [time for time, _ in relative(case)]
+        axes.plot(tokens, times, "o-", label=f"prefill time, {case['dtype']}, batch {case['batch']}")
+    axes.plot(tokens, [flops for _, flops in relative(cases[0])], "k--", label="FLOPs")
+    axes.set(xscale="log", xlabel="visual tokens per image", ylabel=f"part of that at {tokens[0]}", ylim=(0, 1.05))
+    axes.set_xticks(tokens, [str(count) for count in tokens])
+    axes.minorticks_off()
+    axes.legend()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def main(
+    size: Annotated[Size, typer.Option(help="Which language model; the vision tower is CLIP-L/336.")] = Size["1b"],
+    dtype: Annotated[list[str], typer.Option(help="One or more of torch's types.")] = ["float32", "bfloat16"],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(min=1, help="One or more numbers of prompts.")] = [1, 4],  # noqa: B006
+    text: Annotated[int, typer.Option(min=2, help="Tokens of a prompt that are not visual ones.")] = 31,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    device: str = "cpu",
+    output: Annotated[Path | None, typer.Option(help="A JSON file for all that was measured.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="A PNG file.")] = None,
+) -> None:
+    """Measures prefill and time to first token at every number of visual tokens."""
+    unknown = [name for name in dtype if name not in ("float32", "bfloat16", "float16")]
+    if unknown:
+        raise typer.BadParameter(f"--dtype {unknown[0]}: choose float32, bfloat16 or float16.")
+    cases = []
+    for name in dtype:
+        for prompts in batch:
+            cases.append(measure(size.value, name, prompts, text, repeats, device))
+            print(table(cases[-1]), end="\n\n", flush=True)
+            save({"cases": cases}, output)
+    if plot_file is not None:
+        plot(cases, plot_file)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -55,7 +55,10 @@ def forget_peak_memory() -> None:
 def in_a_fresh_process(function: Callable, *arguments: Any) -> Any:
     """The result of a call in a new interpreter, whose memory and caches owe nothing to this one."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+        result = pool.apply(function, arguments)
+        pool.close()
+        pool.join()  # lets the process clean up after itself
+    return result
 
 
 def machine() -> dict[str, Any]:

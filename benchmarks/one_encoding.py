@@ -4,67 +4,80 @@ Compares five answers from one `encode_images` with the sum of its parts, which 
 and with five answers from pixels.
 """
 
-import argparse
-import time
+import statistics
 from collections.abc import Callable
-from typing import Any
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 
+from .measure import in_turn, markdown_table, save, spread
 from .random_checkpoint import SHAPES, prompt, random_model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=SHAPES, default="1b")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--max-new-tokens", type=int, default=8)
-    parser.add_argument("--runs", type=int, default=3, help="the fastest of so many counts")
-    options = parser.parse_args()
-    model = random_model(options.size, getattr(torch, options.dtype)).to(options.device)
+BAR = 1.1
+Size = Enum("Size", {name: name for name in SHAPES}, type=str)
+
+
+def measure(size: str, dtype: str, device: str, new_tokens: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of the encoding, of every answer from it, and of all answers both ways, in turn."""
+    model = random_model(size, getattr(torch, dtype)).to(device)
     prompts = {scale: prompt(model, scale) for scale in model.config.visual_token_scales}
     pixels = prompts[1]["pixel_values"]
     texts = {scale: {k: v for k, v in inputs.items() if k != "pixel_values"} for scale, inputs in prompts.items()}
+    encoded = model.encode_images(pixels)
 
-    def answer(inputs: dict[str, torch.Tensor], **images: Any) -> torch.Tensor:
-        length = {"max_new_tokens": options.max_new_tokens, "min_new_tokens": options.max_new_tokens}
-        return model.generate(**inputs, **images, **length, do_sample=False).cpu()
+    def answer(inputs: dict[str, torch.Tensor], **images: Any) -> None:
+        model.generate(**inputs, **images, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False).cpu()
 
     def from_one_encoding() -> None:
-        encoded = model.encode_images(pixels)
+        together = model.encode_images(pixels)
         for inputs in texts.values():
-            answer(inputs, encoded_images=encoded)
+            answer(inputs, encoded_images=together)
 
     def from_pixels() -> None:
         for inputs in prompts.values():
             answer(inputs)
 
+    runs: dict[str, Callable] = {"encoding": lambda: model.encode_images(pixels)}
+    for scale, inputs in texts.items():
+        runs[f"answer at {scale}, encoded before"] = lambda inputs=inputs: answer(inputs, encoded_images=encoded)
+    runs |= {"all five from one encoding": from_one_encoding, "all five from pixels": from_pixels}
+    return in_turn(runs, repeats)
+
+
+def table(result: dict[str, Any]) -> str:
+    """What was measured, in Markdown, and the ratio the bar is about."""
+    seconds = result["seconds"]
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    together, pixels = medians["all five from one encoding"], medians["all five from pixels"]
+    parts = sum(medians.values()) - together - pixels
+    return (
+        f"{result['size']}, {result['dtype']}, {result['new_tokens']} new tokens; medians of "
+        f"{len(seconds['encoding'])}, least to most.\n\n"
+        + markdown_table(["", "seconds"], [[name, spread(times, 3)] for name, times in seconds.items()])
+        + f"\n\nAll five from one encoding take {together / parts:.2f}x the sum of its parts (at most {BAR}); "
+        f"all five from pixels take {pixels / together:.2f}x that."
+    )
+
+
+def main(
+    size: Annotated[Size, typer.Option(help="Which language model; the vision tower is CLIP-L/336.")] = Size["1b"],
+    dtype: Annotated[str, typer.Option(help="One of torch's types.")] = "float32",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 8,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    device: str = "cpu",
+    output: Annotated[Path | None, typer.Option(help="A JSON file for all that was measured.")] = None,
+) -> None:
+    """Measures what one encoding saves where a picture is asked about at every scale."""
     with torch.no_grad():
-        encoded = model.encode_images(pixels)
-        encoding = seconds(lambda: model.encode_images(pixels).tile_features.cpu(), options.runs)
-        alone = {
-            scale: seconds(lambda inputs=inputs: answer(inputs, encoded_images=encoded), options.runs)
-            for scale, inputs in texts.items()
-        }
-        together, repeated = seconds(from_one_encoding, options.runs), seconds(from_pixels, options.runs)
-    parts = encoding + sum(alone.values())
-    print(f"one encoding: {encoding:.3f} s")
-    for scale, taken in alone.items():
-        print(f"answer at {scale:>3} tokens, encoded before: {taken:.3f} s")
-    print(f"all five from one encoding: {together:.3f} s, {together / parts:.2f}x the sum of the above")
-    print(f"all five from pixels: {repeated:.3f} s, {repeated / together:.2f}x that from one encoding")
-
-
-def seconds(run: Callable[[], object], runs: int) -> float:
-    run()  # the first call is slower
-    taken = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+        seconds = measure(size.value, dtype, device, max_new_tokens, repeats)
+    result = {"size": size.value, "dtype": dtype, "new_tokens": max_new_tokens, "seconds": seconds}
+    print(table(result))
+    save(result, output)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -113,7 +113,11 @@ def relative(case: dict[str, Any]) -> list[tuple[float, float]]:
     return [(time / times[0], count / flops[0]) for time, count in zip(times, flops)]
 
 
-def table(case: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
+    return "\n\n".join(case_table(case) for case in result["cases"])
+
+
+def case_table(case: dict[str, Any]) -> str:
     rows = []
     for row, (time, flops) in zip(case["scales"], relative(case)):
         rows.append(
@@ -171,7 +175,7 @@ def main(
     for name in dtype:
         for prompts in batch:
             cases.append(measure(size.value, name, prompts, text, repeats, device))
-            print(table(cases[-1]), end="\n\n", flush=True)
+            print(case_table(cases[-1]), end="\n\n", flush=True)
             save({"cases": cases}, output)
     if plot_file is not None:
         plot(cases, plot_file)

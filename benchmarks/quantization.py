@@ -1,21 +1,21 @@
-"""Bytes, memory, load and prefill time in float32, bfloat16, int8 and nf4: `python -m benchmarks.quantization`.
+"""Bytes, memory, load and prefill time in float32, bfloat16, int8 and nf4: `python -m benchmarks.quantization FOLDER`.
 
-Every row is measured in a process of its own. Prints a Markdown table.
+Every precision is measured in processes of its own, in turn.
 """
 
-import argparse
-import json
-import re
-import subprocess
-import sys
 import time
+from enum import Enum
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 import modeling_m3  # noqa: F401 - registers the classes
 
+from .measure import forget_peak_memory, in_a_fresh_process, markdown_table, memory, save, spread
+from .prefill import prefill
 from .random_checkpoint import SHAPES, prompt, save_random_checkpoint
 
 
@@ -31,60 +31,68 @@ VARIANTS = {
     },
 }
 SCALES = (576, 36)
+Size = Enum("Size", {name: name for name in SHAPES}, type=str)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where checkpoints are made, and kept for the next run")
-    parser.add_argument("--size", choices=SHAPES, default="1b")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--runs", type=int, default=3, help="the fastest of so many prefills counts")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.measure:
-        print(json.dumps(measure(options.folder, options.device, options.runs)))
-        return
-    base = options.folder / f"{options.size}-float32"
-    save_random_checkpoint(options.size, base)
-    print("| weights | on disk, GB | in memory, GB | peak while loading, GB | load, s | prefill at 576, s | at 36, s |")
-    print("| --- | --: | --: | --: | --: | --: | --: |")
+def make_checkpoints(folder: Path, size: str) -> dict[str, Path]:
+    """A folder for every precision. What is there already is kept."""
+    folders = {name: folder / f"{size}-{name}" for name in VARIANTS}
+    save_random_checkpoint(size, folders["float32"])
     for name, kwargs in VARIANTS.items():
-        folder = options.folder / f"{options.size}-{name}"
-        if not (folder / "config.json").exists():
-            AutoModelForImageTextToText.from_pretrained(base, **kwargs).save_pretrained(folder)
-        command = [sys.executable, "-m", "benchmarks.quantization", "--measure", "--device", options.device]
-        result = subprocess.run(
-            [*command, "--runs", str(options.runs), str(folder)], stdout=subprocess.PIPE, text=True, check=True
-        )
-        row = json.loads(result.stdout.splitlines()[-1])
-        disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        numbers = [disk / 1e9, row["memory"] / 1e9, row["peak"] / 1e9, row["load"], *row["prefill"]]
-        print(f"| {name} | {' | '.join(f'{number:.2f}' for number in numbers)} |", flush=True)
+        if not (folders[name] / "config.json").exists():
+            AutoModelForImageTextToText.from_pretrained(folders["float32"], **kwargs).save_pretrained(folders[name])
+    return folders
 
 
-def measure(folder: Path, device: str, runs: int) -> dict:
-    """Seconds, and bytes above what the process took before the model."""
-    before = _memory("VmRSS")
+def measure(folder: Path, device: str) -> dict[str, float]:
+    """Seconds, and bytes above what the process took before the model; to be called in a fresh process."""
+    before = memory()
+    forget_peak_memory()
     start = time.perf_counter()
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", device_map=device)
-    load, peak = time.perf_counter() - start, _memory("VmHWM") - before
-    prefill = [min(_prefill_seconds(model, scale) for _ in range(runs)) for scale in SCALES]
+    measured = {"load": time.perf_counter() - start}
+    for scale in SCALES:
+        inputs = prompt(model, scale)
+        prefill(model, inputs)
+        start = time.perf_counter()
+        prefill(model, inputs)
+        measured[f"prefill {scale}"] = time.perf_counter() - start
+    measured["peak"] = memory("VmHWM") - before
     on_gpu = model.device.type == "cuda"
-    memory = torch.cuda.max_memory_allocated() if on_gpu else _memory("VmRSS") - before
-    return {"load": load, "peak": peak, "memory": memory, "prefill": prefill}
+    measured["memory"] = torch.cuda.max_memory_allocated() if on_gpu else memory() - before
+    return measured
 
 
-@torch.no_grad()
-def _prefill_seconds(model: torch.nn.Module, scale: int) -> float:
-    """With the vision tower, up to the first token's logits."""
-    inputs, start = prompt(model, scale), time.perf_counter()
-    model(**inputs, logits_to_keep=1).logits.cpu()
-    return time.perf_counter() - start
+def table(result: dict[str, Any]) -> str:
+    """What was measured, in Markdown."""
+    rows = []
+    for name, values in result["measured"].items():
+        gigabytes = [spread([number / 1e9 for number in values[key]]) for key in ("memory", "peak")]
+        seconds = [spread(values[key]) for key in ("load", *(f"prefill {scale}" for scale in SCALES))]
+        rows.append([name, f"{result['disk'][name] / 1e9:.2f}", *gigabytes, *seconds])
+    header = ["weights", "on disk, GB", "in memory, GB", "peak, GB", "load, s"]
+    return markdown_table([*header, *(f"prefill at {scale}, s" for scale in SCALES)], rows)
 
 
-def _memory(name: str) -> int:
-    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+def main(
+    folder: Annotated[Path, typer.Argument(help="Where checkpoints are made, and kept for the next run.")],
+    size: Annotated[Size, typer.Option(help="Which language model; the vision tower is CLIP-L/336.")] = Size["1b"],
+    repeats: Annotated[int, typer.Option(min=1, help="Processes for each precision.")] = 3,
+    device: str = "cpu",
+    output: Annotated[Path | None, typer.Option(help="A JSON file for all that was measured.")] = None,
+) -> None:
+    """Measures bytes, memory, load and prefill time in float32, bfloat16, int8 and nf4."""
+    folders = in_a_fresh_process(make_checkpoints, folder, size.value)
+    measured: dict[str, dict[str, list[float]]] = {name: {} for name in VARIANTS}
+    for _ in range(repeats):
+        for name, path in folders.items():
+            for key, value in in_a_fresh_process(measure, path, device).items():
+                measured[name].setdefault(key, []).append(value)
+    disk = {name: sum(file.stat().st_size for file in path.glob("*.safetensors")) for name, path in folders.items()}
+    result = {"size": size.value, "disk": disk, "measured": measured}
+    print(table(result))
+    save(result, output)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -69,7 +69,12 @@ def measure(
     return {"sweep": name, "unit": unit, "visual_tokens": scale, "rows": rows}
 
 
-def table(sweep: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
+    kind = f"{result['size']}, {result['dtype']}; medians, least to most."
+    return "\n\n".join([kind, *(sweep_table(sweep) for sweep in result["sweeps"])])
+
+
+def sweep_table(sweep: dict[str, Any]) -> str:
     rows = []
     for row in sweep["rows"]:
         time, flops = statistics.median(row["seconds"]), row["flops"]["total"]
@@ -120,7 +125,7 @@ def main(
     for name, model in models(size.value, dtype, device, sweep):
         for scale in num_visual_tokens:
             results.append(measure(model, name, scale, repeats, None if name == "text" else most))
-            print(table(results[-1]), end="\n\n", flush=True)
+            print(sweep_table(results[-1]), end="\n\n", flush=True)
             save({"size": size.value, "dtype": dtype, "sweeps": results}, output)
 
 

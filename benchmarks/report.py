@@ -1,0 +1,54 @@
+"""Everything that was measured, on one page: `python -m benchmarks.report benchmarks/results`.
+
+Reads the JSON files that the other commands wrote there and writes `README.md` beside them.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import matryoshka_step, one_encoding, prefill, quantization, quantized_answers, scaling
+
+
+# Which command writes which files (the beginning of their name), and how they are shown.
+SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "prefill": ("Prefill and time to first token", prefill.table),
+    "scaling": ("How cost grows", scaling.table),
+    "one_encoding": ("One encoding for all budgets", one_encoding.table),
+    "quantization": ("Precision of weights", quantization.table),
+    "quantized_answers": ("Right answers by precision", quantized_answers.table),
+    "matryoshka_step": ("A training step over five scales", matryoshka_step.table),
+}
+
+
+def report(folder: Path) -> str:
+    """The page, in Markdown. Raises `ValueError` for a file that no command here writes."""
+    results = {file: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+    unknown = [file.name for file in results if not any(file.stem.startswith(name) for name in SECTIONS)]
+    if unknown or not results:
+        raise ValueError(
+            f"{folder} holds {unknown or 'no results'}: expected files called {', '.join(SECTIONS)}....json."
+        )
+    parts = ["# Measured\n\nMade from the JSON files beside it by `python -m benchmarks.report benchmarks/results`."]
+    for name, (title, table) in SECTIONS.items():
+        for file, result in results.items():
+            if not file.stem.startswith(name):
+                continue
+            machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+            parts += [f"## {title}", f"`{result['command']}`", table(result), f"<sub>{machine}</sub>"]
+            picture = file.with_suffix(".png")
+            if picture.exists():
+                parts.append(f"![{title}]({picture.name})")
+    return "\n\n".join(parts) + "\n"
+
+
+def main(folder: Annotated[Path, typer.Argument(help="Where the results are.", exists=True, file_okay=False)]) -> None:
+    """Writes one page of all results."""
+    (folder / "README.md").write_text(report(folder), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

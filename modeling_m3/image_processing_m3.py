@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from torch.nn.utils.rnn import pad_sequence
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
@@ -104,10 +105,13 @@ class _Views:
         """
         if do_convert_rgb and isinstance(image, Image.Image):
             try:
-                image = image.convert("RGB")
+                image.load()
+                image = image if image.mode == "RGB" else image.convert("RGB")  # which copies what is RGB already
             except (OSError, SyntaxError) as error:
                 name = getattr(image, "filename", "") or "an image without a file name"
                 raise ValueError(f"Cannot decode {name}: {error}. Check that the file is complete.") from error
+            # transformers' own conversion copies once more, and turns a colour that an RGB file calls transparent white.
+            do_convert_rgb = False
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
 
     def _preprocess(
@@ -149,18 +153,17 @@ class _Views:
             return [finish(self._on_canvas(image, edge, edge, background) if do_pad else image)]
 
         normalization = (do_rescale, rescale_factor, do_normalize, image_mean, image_std)
-        pixel_values = [self._normalized(views(image), *normalization) for image in images]
+        seen = [views(image) for image in images]
+        if image_grid_pinpoints is None and len({image[0].shape for image in seen}) > 1:  # neither resized nor cropped
+            pixel_values = [self._normalized([image], *normalization)[0, 0] for image in seen]
+            return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+        pixel_values = self._normalized(seen, *normalization)
         if image_grid_pinpoints is None:
-            return BatchFeature({"pixel_values": [views[0] for views in pixel_values]}, tensor_type=return_tensors)
-        most = max(len(views) for views in pixel_values)
-        pixel_values = [
-            np.concatenate([views, np.zeros((most - len(views), *views.shape[1:]), views.dtype)])
-            if isinstance(views, np.ndarray)
-            else torch.cat([views, views.new_zeros(most - len(views), *views.shape[1:])])
-            for views in pixel_values
-        ]
-        sizes = [list(image.shape[-2:]) for image in images]
-        return BatchFeature({"pixel_values": pixel_values, "image_sizes": sizes}, tensor_type=return_tensors)
+            pixel_values = pixel_values[:, 0]
+        data = {"pixel_values": pixel_values if return_tensors else list(pixel_values)}
+        if image_grid_pinpoints is not None:
+            data["image_sizes"] = [list(image.shape[-2:]) for image in images]
+        return BatchFeature(data, tensor_type=return_tensors)
 
     def _tiles(self, image: Any, image_grid_pinpoints: list | tuple, tile: int) -> list:
         """The tiles of the picture in reading order, after it is fitted into its resolution.
@@ -190,8 +193,10 @@ class _Views:
             return image
         top, left = (height - image.shape[-2]) // 2, (width - image.shape[-1]) // 2
         if isinstance(image, np.ndarray):
-            canvas = np.empty((len(background), height, width), image.dtype)
-            canvas[:] = np.array(background, image.dtype)[:, None, None]
+            # In memory it is (h, w, c), as PIL wants it. Written row by row: pixel by pixel is several times slower.
+            canvas = np.empty((height, width, len(background)), image.dtype)
+            canvas.reshape(height, -1)[:] = np.tile(np.array(background, image.dtype), width)
+            canvas = canvas.transpose(2, 0, 1)
         else:
             canvas = image.new_tensor(background)[:, None, None].repeat(1, height, width)
         canvas[:, top : top + image.shape[-2], left : left + image.shape[-1]] = image
@@ -202,18 +207,26 @@ class _Views:
 class M3LlavaImageProcessorPil(_Views, PilBackend):
     """The PIL backend of M3's image processor: equal to the original to the last bit."""
 
-    def _normalized(self, views: list[np.ndarray], *normalization: Any) -> np.ndarray:
-        """Rescaled and normalized views, (views, c, h, w)."""
-        if all(view.dtype == np.uint8 for view in views):
-            # A byte has 256 values: looking them up gives the same bits as computing every pixel, several times faster.
-            table = _normalized_bytes(*normalization)
-            return np.stack([np.stack([table[c][view[c]] for c in range(len(view))]) for view in views])
+    def resize(self, image: np.ndarray, size: SizeDict, resample: Any = None, **kwargs: Any) -> np.ndarray:
+        """As transformers does it; bytes that have the size already are returned as they are, as PIL would."""
+        wanted = (size.height, size.width)
+        if size.shortest_edge and not size.longest_edge:
+            wanted = (size.shortest_edge, size.shortest_edge)
+        if image.dtype == np.uint8 and image.shape[-2:] == wanted:
+            return image
+        return super().resize(image, size, resample, **kwargs)
+
+    def _normalized(self, images: list[list[np.ndarray]], *normalization: Any) -> np.ndarray:
+        """Rescaled and normalized views, (images, most views, c, h, w); zeros after an image's last."""
         do_rescale, rescale_factor, do_normalize, image_mean, image_std = normalization
-        if do_rescale:
-            views = [self.rescale(view, rescale_factor) for view in views]
-        if do_normalize:
-            views = [self.normalize(view, image_mean, image_std) for view in views]
-        return np.stack(views)
+        if not all(view.dtype == np.uint8 for views in images for view in views):
+            if do_rescale:
+                images = [[self.rescale(view, rescale_factor) for view in views] for views in images]
+            if do_normalize:
+                images = [[self.normalize(view, image_mean, image_std) for view in views] for views in images]
+            return _in_one_array(images)
+        # A byte has 256 values: looking them up gives the same bits as computing every pixel, several times faster.
+        return _in_one_array(images, _normalized_bytes(*normalization))
 
 
 # trf-ignore: TRF057 - see configuration_m3.py
@@ -234,9 +247,36 @@ class M3LlavaImageProcessor(_Views, TorchvisionBackend):
         image = super().resize(image, between, resample, **kwargs)
         return super().resize(image, SizeDict(height=new_height, width=new_width), resample, **kwargs)
 
-    def _normalized(self, views: list[torch.Tensor], *normalization: Any) -> torch.Tensor:
-        """Rescaled and normalized views, (views, c, h, w)."""
-        return self.rescale_and_normalize(torch.stack(views), *normalization)
+    def _normalized(self, images: list[list[torch.Tensor]], *normalization: Any) -> torch.Tensor:
+        """Rescaled and normalized views, (images, most views, c, h, w); zeros after an image's last."""
+        views = self.rescale_and_normalize(torch.stack([view for image in images for view in image]), *normalization)
+        counts = [len(image) for image in images]
+        if len(set(counts)) == 1:
+            return views.unflatten(0, (len(counts), counts[0]))
+        return pad_sequence(views.split(counts), batch_first=True)
+
+
+def _in_one_array(images: list[list[np.ndarray]], table: np.ndarray | None = None) -> np.ndarray:
+    """The views of every image, (images, most views, c, h, w), zeros after an image's last.
+
+    With a `table`, (c, 256), values of its type in place of bytes. Raises `ValueError` for views of different shapes.
+    """
+    shapes = sorted({view.shape for views in images for view in views})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"Views of the shapes {shapes} do not fit into one batch: let images be converted to RGB, resized and cropped."
+        )
+    dtype = np.result_type(*{view.dtype for views in images for view in views}) if table is None else table.dtype
+    values = np.empty((len(images), max(map(len, images)), *shapes[0]), dtype)
+    for views, out in zip(images, values):
+        out[len(views) :] = 0
+        for view, to in zip(views, out):
+            if table is None:
+                to[:] = view
+                continue
+            for channel in range(len(view)):  # "clip" spares a buffer, and no byte is beyond the table
+                np.take(table[channel], view[channel], out=to[channel], mode="clip")
+    return values
 
 
 @lru_cache

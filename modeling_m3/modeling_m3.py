@@ -168,10 +168,9 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         r"""
         Returns [`M3LlavaEncodedImages`]. Raises `ValueError` for sizes or grids that do not fit the pixels.
         """
-        config, sizes = self.config, _as_list(image_sizes)
+        config, (sizes, grids) = self.config, _as_lists(image_sizes, image_tile_grids)
         pinpoints = config.image_grid_pinpoints if image_grid_pinpoints is None else image_grid_pinpoints
-        tile_size, grids = config.vision_config.image_size, _as_list(image_tile_grids)
-        tiles, grids = split_tiles(pixel_values, tile_size, sizes, pinpoints, grids)
+        tiles, grids = split_tiles(pixel_values, config.vision_config.image_size, sizes, pinpoints, grids)
         outputs = self.vision_tower(torch.cat(tiles), **kwargs)
         features = outputs.last_hidden_state
         keeps_class_token = config.vision_feature_select_strategy == "full"
@@ -208,7 +207,7 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         keeps_class_token = config.vision_feature_select_strategy == "full"
         sampling = visual_token_sampling or config.visual_token_sampling
         check_choice("visual_token_sampling", sampling, SAMPLINGS)
-        scales = check_num_visual_tokens(_as_list(num_visual_tokens), config.visual_token_scales, len(grids))
+        scales = check_num_visual_tokens(*_as_lists(num_visual_tokens), config.visual_token_scales, len(grids))
         features, newline, tokens = encoded.tile_features, self.image_newline, []
         if newline is not None:
             newline = newline.to(features.device, features.dtype)
@@ -243,10 +242,12 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
 
         Raises `ValueError` for sizes, grids or numbers of visual tokens that do not fit the pixels.
         """
-        encoded = self.encode_images(pixel_values, image_sizes, image_grid_pinpoints, image_tile_grids, **kwargs)
+        # All at once, and before the device has the vision tower's work to do, which a later fetch would wait for.
+        sizes, grids, scales = _as_lists(image_sizes, image_tile_grids, num_visual_tokens)
+        encoded = self.encode_images(pixel_values, sizes, image_grid_pinpoints, grids, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=encoded.last_hidden_state,
-            pooler_output=self.get_visual_tokens(encoded, num_visual_tokens, visual_token_sampling),
+            pooler_output=self.get_visual_tokens(encoded, scales, visual_token_sampling),
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
@@ -418,8 +419,9 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
     ) -> tuple | M3LlavaCausalLMOutputWithPast:
         if matryoshka_scales is not None:
             encoded = encoded_images
+            sizes, grids, written = _as_lists(image_sizes, image_tile_grids, num_visual_tokens)
             if pixel_values is not None:
-                encoded = self.model.encode_images(pixel_values, image_sizes, image_grid_pinpoints, image_tile_grids)
+                encoded = self.model.encode_images(pixel_values, sizes, image_grid_pinpoints, grids)
             loss, scale_losses = matryoshka_loss(
                 self,
                 matryoshka_scales,
@@ -427,7 +429,7 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
                 input_ids=input_ids,
                 labels=labels,
                 attention_mask=attention_mask,
-                num_visual_tokens=_as_list(num_visual_tokens),
+                num_visual_tokens=written,
                 visual_token_sampling=visual_token_sampling,
                 position_ids=position_ids,
                 past_key_values=past_key_values if cache is None else cache,
@@ -470,8 +472,14 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
         )
 
 
-def _as_list(value: Any) -> Any:
-    return value.tolist() if isinstance(value, torch.Tensor) else value
+def _as_lists(*values: Any) -> list[Any]:
+    """The values with lists in place of tensors, which are fetched from their device in one go."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1:
+        fetched = torch.cat([tensor.flatten() for tensor in tensors]).cpu().split([t.numel() for t in tensors])
+        parts = iter(fetched)
+        values = [next(parts).view(value.shape) if isinstance(value, torch.Tensor) else value for value in values]
+    return [value.tolist() if isinstance(value, torch.Tensor) else value for value in values]
 
 
 __all__ = ["M3LlavaForConditionalGeneration", "M3LlavaModel", "M3LlavaPreTrainedModel"]

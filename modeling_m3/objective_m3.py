@@ -87,27 +87,43 @@ def matryoshka_loss(
             model, scales, {"input_ids": input_ids, "attention_mask": attention_mask}, labels, **kwargs
         )
 
-    def loss_at(tile_features: torch.Tensor, scale: int) -> torch.Tensor:
+    # Every prompt is cut before the language model runs: what a cut has to ask of the data would wait for that.
+    prompts, targets = {}, {}
+    for scale in scales:
         kept = _lengths(config, encoded, [scale] * num_images)
-        inputs, targets = _cut(input_ids, labels, attention_mask, config.image_token_id, lengths, kept)
+        prompts[scale], cut = _cut(input_ids, labels, attention_mask, config.image_token_id, lengths, kept)
+        targets[scale] = _targets(cut)
+
+    def loss_at(tile_features: torch.Tensor, scale: int) -> torch.Tensor:
         images = replace(encoded, tile_features=tile_features)
         tokens = model.model.get_visual_tokens(images, scale, visual_token_sampling)
-        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tokens)}
-        return _next_token_loss(model, inputs, targets, **kwargs)
+        images = {"image": BaseModelOutputWithPooling(pooler_output=tokens)}
+        return _next_token_loss(model, {**prompts[scale], "mm_encoder_outputs": images}, targets[scale], **kwargs)
 
     return average_over_scales(loss_at, encoded.tile_features, scales, model)
 
 
-def _next_token_loss(model: nn.Module, inputs: dict[str, Any], labels: torch.LongTensor, **kwargs: Any) -> torch.Tensor:
+def _targets(labels: torch.LongTensor) -> tuple[tuple[torch.LongTensor, torch.LongTensor], torch.LongTensor]:
+    """The (rows, positions) after which there is something to predict, n each, and what: (n,). From labels (b, s)."""
+    labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    places = (labels != -100).nonzero(as_tuple=True)
+    return places, labels[places]
+
+
+def _next_token_loss(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    targets: tuple[tuple[torch.LongTensor, torch.LongTensor], torch.LongTensor],
+    **kwargs: Any,
+) -> torch.Tensor:
     hidden = model.model(**inputs, use_cache=False, **kwargs).last_hidden_state
     # Most of the memory of a short prompt is logits over a whole vocabulary, and most positions have no label.
-    labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).to(hidden.device)
-    supervised = labels != -100
+    rows, positions = (place.to(hidden.device) for place in targets[0])
     return model.loss_function(
-        logits=model.lm_head(hidden[supervised]),
+        logits=model.lm_head(hidden[rows, positions]),
         labels=None,
         vocab_size=model.config.text_config.vocab_size,
-        shift_labels=labels[supervised],
+        shift_labels=targets[1].to(hidden.device),
         **kwargs,
     )
 
@@ -116,9 +132,9 @@ def _loss_of_text(
     model: nn.Module, scales: list[int], inputs: dict[str, Any], labels: torch.LongTensor, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of a batch without images, which is the same at every scale."""
-    device = inputs["input_ids"].device
+    device, targets = inputs["input_ids"].device, _targets(labels)
     if not _needs_native_graph(model, device.type):
-        loss = _next_token_loss(model, inputs, labels, **kwargs)
+        loss = _next_token_loss(model, inputs, targets, **kwargs)
         return loss, loss.detach().repeat(len(scales))  # a copy, as Trainer scales the loss in place
     # Where parameters are sharded, ranks that have images wait for this one to use each parameter as often as they do.
     vision = model.config.vision_config
@@ -127,7 +143,7 @@ def _loss_of_text(
 
     def loss_at(tile_features: torch.Tensor, scale: int) -> torch.Tensor:
         tokens = model.model.get_visual_tokens(replace(encoded, tile_features=tile_features), scale)
-        return _next_token_loss(model, inputs, labels, **kwargs) + 0 * torch.cat(tokens).sum()
+        return _next_token_loss(model, inputs, targets, **kwargs) + 0 * torch.cat(tokens).sum()
 
     return average_over_scales(loss_at, encoded.tile_features, scales, model)
 

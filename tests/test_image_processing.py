@@ -56,8 +56,9 @@ def test_bytes_that_are_looked_up_equal_pixels_that_are_computed():
     assert np.array_equal(looked_up, computed)
 
 
-def test_images_of_a_batch_are_padded_with_empty_tiles():
-    image_processor = M3LlavaImageProcessorPil(**SETTINGS["llava-next-m3"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_images_of_a_batch_are_padded_with_empty_tiles(backend):
+    image_processor = backend(**SETTINGS["llava-next-m3"])
     wide, square = picture("img3_1000x300.png"), picture("img1_640x480.png")
     together = image_processor([wide, square], return_tensors="pt")
     assert together["pixel_values"].shape == (2, 5, 3, 336, 336)
@@ -73,6 +74,23 @@ def test_extreme_sizes(name, size):
     assert pixel_values["pixel_values"].shape[-3:] == (3, 336, 336)
 
 
+def test_images_that_stay_of_several_sizes_are_a_list():
+    images = [picture("img5_97x53.png"), picture("img4_200x700.png")]
+    image_processor = M3LlavaImageProcessorPil(do_pad=False, do_resize=False, do_center_crop=False)
+    pixel_values = image_processor(images)["pixel_values"]
+    assert [pixels.shape for pixels in pixel_values] == [(3, 53, 97), (3, 700, 200)]
+    assert all(
+        np.array_equal(pixels, image_processor(image)["pixel_values"][0]) for pixels, image in zip(pixel_values, images)
+    )
+
+
+def test_tiles_that_cannot_be_one_batch_are_refused():
+    gray, color = np.zeros((1, 40, 50), np.uint8), np.zeros((3, 40, 50), np.uint8)
+    image_processor = M3LlavaImageProcessorPil(image_grid_pinpoints=PINPOINTS, do_convert_rgb=False)
+    with pytest.raises(ValueError, match=r"\(1, 336, 336\), \(3, 336, 336\)"):
+        image_processor([gray, color])
+
+
 def odd_picture(kind: str, folder: Path) -> Image.Image:
     image = picture("img5_97x53.png")
     if kind == "16 bit":
@@ -82,18 +100,23 @@ def odd_picture(kind: str, folder: Path) -> Image.Image:
         exif[0x0112] = 6  # orientation: rotate by 90 degrees to see it upright
         image.save(folder / "rotated.jpg", exif=exif)
         return Image.open(folder / "rotated.jpg")
+    if kind == "with a transparent colour":
+        image.save(folder / "transparent.png", transparency=image.getpixel((0, 0)))
+        return Image.open(folder / "transparent.png")
     if kind == "transparent":
         image.putalpha(Image.linear_gradient("L").resize(image.size))
         return image
     return image.convert(kind)
 
 
-@pytest.mark.parametrize("kind", ["CMYK", "P", "L", "1", "transparent", "16 bit", "EXIF-rotated"])
+@pytest.mark.parametrize(
+    "kind", ["CMYK", "P", "L", "1", "transparent", "with a transparent colour", "16 bit", "EXIF-rotated"]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_odd_pictures_are_converted_as_the_original_converts_them(kind, backend, tmp_path):
     # The original opens every picture with `Image.open(...).convert("RGB")`.
     odd = odd_picture(kind, tmp_path)
-    expected = M3LlavaImageProcessorPil()(odd.convert("RGB"))["pixel_values"][0]
+    expected = M3LlavaImageProcessorPil()(np.array(odd.convert("RGB")))["pixel_values"][0]
     actual = np.asarray(backend()(odd_picture(kind, tmp_path))["pixel_values"][0])
     assert np.abs(actual - expected).max() <= (0 if backend is M3LlavaImageProcessorPil else 2 / 255 / 0.26)
 

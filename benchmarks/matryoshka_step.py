@@ -25,7 +25,7 @@ import typer
 
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
 
-from .measure import forget_peak_memory, in_a_fresh_process, in_turn, machine, memory, save, spread
+from .measure import forget_peak_memory, in_a_fresh_process, in_turn, memory, save, spread
 
 
 SCALES = [1, 9, 36, 144, 576]
@@ -172,7 +172,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['shape']}: {result['parameters']['vision'] / 1e6:.1f} M parameters of vision tower and "
         f"{result['parameters']['language'] / 1e6:.1f} M of language model, batch {result['settings']['batch']}, "
-        f"{result['machine']['threads']} thread(s). Medians and ranges of "
+        f"{result['threads']} thread(s). Medians and ranges of "
         f"{len(result['measured']['plain way']['seconds'])} steps for time, {len(result['measured']['plain way']['bytes'])} "
         "for memory.",
         "",
@@ -212,7 +212,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         "settings": shape,
         "text_tokens": {"before": TEXT_BEFORE, "after": TEXT_AFTER, "labelled": LABELLED},
         "parameters": counts,
-        "machine": machine(),
+        "threads": torch.get_num_threads(),
         "measured": measured,
         "ratios": summarize(measured),
         "bars": BARS,

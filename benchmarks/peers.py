@@ -28,7 +28,7 @@ from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
 from modeling_m3.generation_m3 import CACHE_NAME
 from modeling_m3.visual_tokens import count_visual_tokens, num_tiles, tile_grid
 
-from .measure import in_turn, machine, markdown_table, save, spread
+from .measure import in_turn, markdown_table, save, spread
 from .random_checkpoint import SHAPES, random_config
 
 
@@ -205,7 +205,6 @@ def measure(config: M3LlavaConfig, dtype: torch.dtype, device: str, batch: int, 
             for bar, values in seconds.items()
         },
         "bars": BARS,
-        "machine": machine(),
     }
 
 
@@ -218,8 +217,9 @@ def table(result: dict[str, Any]) -> str:
         rows.append([bar, *cells, f"{result['ratios'][bar]:.3f}", spread(rounds, 3), f"{result['bars'][bar]:.2f}"])
     header = ["", *(f"{name}, ms" for name in CLASSES), "ratio of medians", "ratios of rounds", "at most"]
     tokens = result["tokens"]
+    kind = ", ".join(result[key] for key in ("size", "kind", "dtype"))
     return (
-        f"{tokens['batch']} prompt(s) of {tokens['prompt']} tokens; decoding is per token, {tokens['decoded']} at a time. "
+        f"{kind}: {tokens['batch']} prompt(s) of {tokens['prompt']} tokens; decoding is per token, {tokens['decoded']} at a time. "
         f"Medians and ranges. Logits differ by at most {result['largest_difference_of_logits']:.1e} of the largest.\n\n"
         + markdown_table(header, rows)
     )
@@ -238,9 +238,9 @@ def main(
     """Measures prefill and decoding of M3 and of transformers' own class, in turn."""
     config = make_config(size.value, kind.value)
     result = measure(config, getattr(torch, dtype.value), device, batch, new_tokens, repeats)
-    print(f"{size.value}, {kind.value}, {dtype.value}, {device}: {table(result)}")
-    settings = {"size": size.value, "kind": kind.value, "dtype": dtype.value, "device": device}
-    save({**settings, **result}, output)
+    result |= {"size": size.value, "kind": kind.value, "dtype": dtype.value, "device": device}
+    print(table(result))
+    save(result, output)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, LlavaNextProcessor, LlavaProcessor
 import modeling_m3
 from modeling_m3 import M3LlavaProcessor, default_checkpoint
 
-from .measure import in_turn, machine, markdown_table, save, spread
+from .measure import in_turn, markdown_table, save, spread
 
 
 BAR = 1.0  # ours takes at most this much of the time of transformers' own
@@ -148,9 +148,9 @@ def measure(kind: str, backend: str, sizes: list[tuple[int, int]], batch: int, r
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """What was measured, in Markdown."""
-    lines = []
+def table(result: dict[str, Any]) -> str:
+    """What was measured, in Markdown, and which backends were not."""
+    rows, lines = result["rows"], []
     for row in rows:
         per_second = [spread([row["batch"] / taken for taken in row["seconds"][name]], 1) for name in CLASSES]
         ratios = [f"{row[ratio]:.2f}" for ratio in ("ratio", "cpu_ratio")]
@@ -159,7 +159,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     header = ["", *(f"{name}, pictures/s" for name in CLASSES), "time, M3 / transformers", "CPU time"]
     worst, of_cpu = (max(row[ratio] for row in rows) for ratio in ("ratio", "cpu_ratio"))
     verdict = f"The largest ratio of times is {worst:.2f}, of CPU times {of_cpu:.2f}; at most {BAR:.2f} is wanted."
-    return f"{markdown_table(header, lines)}\n\n{verdict}"
+    skipped = [f"Not measured here: {backend}. {reason}" for backend, reason in result["skipped"].items()]
+    return "\n\n".join([markdown_table(header, lines), verdict, *skipped])
 
 
 def main(
@@ -175,11 +176,9 @@ def main(
         skipped[backend] = why_not(backend)
         if skipped[backend] is None:
             rows += [row for kind in KINDS for row in measure(kind, backend, SIZES, batch, repeats)]
-    print(table(rows))
-    skipped = {backend: reason for backend, reason in skipped.items() if reason is not None}
-    for backend, reason in skipped.items():
-        print(f"\nSkipped {backend}: {reason}")
-    save({"rows": rows, "skipped": skipped, "bar": BAR, "machine": machine()}, output)
+    result = {"rows": rows, "skipped": {name: reason for name, reason in skipped.items() if reason}, "bar": BAR}
+    print(table(result))
+    save(result, output)
 
 
 if __name__ == "__main__":

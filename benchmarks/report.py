@@ -10,12 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
-from . import matryoshka_step, one_encoding, prefill, quantization, quantized_answers, scaling
+from . import matryoshka_step, one_encoding, peers, prefill, processors, quantization, quantized_answers, scaling
 
 
 # Which command writes which files (the beginning of their name), and how they are shown.
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "prefill": ("Prefill and time to first token", prefill.table),
+    "peers": ("Against transformers' own classes", peers.table),
+    "processors": ("Processors against transformers' own", processors.table),
     "scaling": ("How cost grows", scaling.table),
     "one_encoding": ("One encoding for all budgets", one_encoding.table),
     "quantization": ("Precision of weights", quantization.table),

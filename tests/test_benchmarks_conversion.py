@@ -168,7 +168,8 @@ def test_peak_memory_of_another_process(tmp_path):
     script = """
 import mmap, sys
 held = bytearray(b"x") * 100_000_000
-mapped = mmap.mmap(open(sys.argv[1], "rb").fileno(), 0, access=mmap.ACCESS_READ)
+file = open(sys.argv[1], "rb")
+mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 sum(mapped[i] for i in range(0, len(mapped), 4096))
 print("ready", flush=True)
 sys.stdin.read()
@@ -176,7 +177,7 @@ sys.stdin.read()
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", script, file], **pipes) as process:
         with conversion.peak_memory(process.pid) as peaks:
-            process.stdout.readline()
+            assert process.stdout.readline() == b"ready\n"
             peaks.update(anonymous=0, resident=0)
             while not all(peaks.values()):  # until it is read again
                 time.sleep(0.05)

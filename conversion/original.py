@@ -39,7 +39,10 @@ class ConversionError(ValueError):
 
 
 class WholeFile:
-    """The one file at a time whose tensors are in memory, where they cannot be read one by one."""
+    """The one file at a time whose tensors are in memory, where they cannot be read one by one.
+
+    A file that is mapped is not kept: what is read of a map counts as this process's memory until the map is closed.
+    """
 
     def __init__(self) -> None:
         self.file: Path | None = None
@@ -48,7 +51,10 @@ class WholeFile:
     def load(self, file: Path) -> dict[str, torch.Tensor]:
         if file != self.file:
             self.file, self.tensors = None, {}  # before the next file is loaded, not after
-            self.tensors, self.file = _torch_load(file, "cpu"), file
+            tensors = _torch_load(file, "cpu")
+            if _is_mappable(file):
+                return tensors
+            self.tensors, self.file = tensors, file
         return self.tensors
 
 
@@ -235,9 +241,14 @@ def _bin_tensors_of(file: Path, whole: WholeFile) -> dict[str, StoredTensor]:
     return stored
 
 
-def _torch_load(file: Path, device: str) -> dict[str, torch.Tensor]:
+def _is_mappable(file: Path) -> bool:
+    """Whether it has the zip layout of torch 1.6 and later, of which single tensors can be read."""
     with open(file, "rb") as opened:
-        mappable = opened.read(4) == b"PK\x03\x04"  # the zip layout of torch 1.6 and later
+        return opened.read(4) == b"PK\x03\x04"
+
+
+def _torch_load(file: Path, device: str) -> dict[str, torch.Tensor]:
+    mappable = _is_mappable(file)
     try:
         content = torch.load(file, map_location=device, mmap=mappable, weights_only=True)
     except Exception as error:  # torch raises a dozen types for a damaged file; all become one that names it

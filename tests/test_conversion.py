@@ -4,6 +4,8 @@ import errno
 import json
 import logging
 import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,9 +26,10 @@ from original_model import OriginalModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, GenerationConfig
 
+from benchmarks.measure import memory
 from conversion.convert import convert
 from conversion.mapping import CHECKPOINT_KEYS, CLIP_KEYS, original_keys, remap_key, translate_config
-from conversion.original import ConversionError
+from conversion.original import ConversionError, file_tensors
 from conversion.vision import BUILT_IN_CONFIG, find_vision_tower
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
 
@@ -148,6 +151,16 @@ def test_tensors_that_are_views_of_others(tmp_path):
     store(source, weights, "pytorch_model.bin")
     convert(source, tmp_path / "new")
     assert_same(read_weights(tmp_path / "new"), weights)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_maps_are_closed_after_each_tensor(tmp_path):
+    """Where torch does not tell where in a file a tensor lies, the file is mapped, which counts as memory."""
+    torch.save({str(i): torch.full((1 << 21,), i, dtype=torch.float32) for i in range(8)}, tmp_path / "weights.bin")
+    before = memory("RssFile")
+    for key, tensor in file_tensors(tmp_path / "weights.bin").items():
+        assert all((chunk == int(key)).all() for chunk in replace(tensor, offset=None).chunks())
+        assert memory("RssFile") - before < 2.5 * tensor.nbytes
 
 
 @pytest.mark.parametrize("support", ["none", "not between these files"])

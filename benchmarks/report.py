@@ -10,7 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
-from . import matryoshka_step, one_encoding, peers, prefill, processors, quantization, quantized_answers, scaling
+from . import (
+    conversion,
+    matryoshka_step,
+    one_encoding,
+    peers,
+    prefill,
+    processors,
+    quantization,
+    quantized_answers,
+    scaling,
+)
 
 
 # Which command writes which files (the beginning of their name), and how they are shown.
@@ -18,6 +28,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "prefill": ("Prefill and time to first token", prefill.table),
     "peers": ("Against transformers' own classes", peers.table),
     "processors": ("Processors against transformers' own", processors.table),
+    "conversion": ("Conversion at real size, and loading", conversion.tables),
     "scaling": ("How cost grows", scaling.table),
     "one_encoding": ("One encoding for all budgets", one_encoding.table),
     "quantization": ("Precision of weights", quantization.table),

@@ -198,7 +198,9 @@ class _Views:
             canvas.reshape(height, -1)[:] = np.tile(np.array(background, image.dtype), width)
             canvas = canvas.transpose(2, 0, 1)
         else:
-            canvas = image.new_tensor(background)[:, None, None].repeat(1, height, width)
+            canvas = image.new_empty(len(background), height, width)
+            for channel, value in zip(canvas, background):
+                channel.fill_(value)  # one at a time: broadcasting all of them takes longer than resizing
         canvas[:, top : top + image.shape[-2], left : left + image.shape[-1]] = image
         return canvas
 

@@ -26,10 +26,9 @@ from transformers import (
 
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
 from modeling_m3.generation_m3 import CACHE_NAME
-from modeling_m3.visual_tokens import count_visual_tokens, num_tiles, tile_grid
 
 from .measure import in_turn, markdown_table, save, spread
-from .random_checkpoint import SHAPES, random_config
+from .random_checkpoint import SHAPES, prompt, random_config
 
 
 # Ours may take at most this much of the time of transformers' own class, as the issue of this measurement demands.
@@ -103,27 +102,13 @@ def twin(model: M3LlavaForConditionalGeneration) -> nn.Module:
     return other.eval()
 
 
-def make_inputs(
-    config: M3LlavaConfig, batch: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> dict[str, Any]:
+def make_inputs(model: M3LlavaForConditionalGeneration, batch: int) -> dict[str, torch.Tensor]:
     """Prompts of one picture each at the finest scale, as either class takes them."""
-    generator = torch.Generator().manual_seed(0)
-    scale, side = max(config.visual_token_scales), config.vision_config.image_size
-    grid, size = None, None
-    if config.image_grid_pinpoints is not None:
-        size = tuple(side * tiles for tiles in PICTURE_IN_TILES)
-        grid = tile_grid(size, config.image_grid_pinpoints, side)
-    placeholders = count_visual_tokens(scale, grid, size, config.patch_merge_type)
-    last = min(config.image_token_id, config.text_config.vocab_size)
-    text = torch.randint(3, last, (batch, TEXT), generator=generator)
-    image = torch.full((batch, placeholders), config.image_token_id)
-    ids = torch.cat([text[:, : TEXT // 2], image, text[:, TEXT // 2 :]], dim=1)
-    tiles = () if grid is None else (num_tiles(grid),)
-    pixels = torch.randn(batch, *tiles, 3, side, side, generator=generator, dtype=torch.float32)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(dtype)}
-    if size is not None:
-        inputs["image_sizes"] = torch.tensor([size] * batch)
-    return {name: value.to(device) for name, value in inputs.items()}
+    config = model.config
+    size = tuple(config.vision_config.image_size * tiles for tiles in PICTURE_IN_TILES)
+    inputs = prompt(model, max(config.visual_token_scales), TEXT - 1, batch, image_size=size)
+    del inputs["num_visual_tokens"]  # which transformers' classes do not know
+    return inputs
 
 
 class Decoder:
@@ -182,7 +167,7 @@ def difference(ours: Decoder, theirs: Decoder, dtype: torch.dtype) -> float:
 def measure(config: M3LlavaConfig, dtype: torch.dtype, device: str, batch: int, new_tokens: int, repeats: int) -> dict:
     """Seconds of every run, `{name of BARS: {class: [seconds]}}`, of a token where tokens are decoded; and ratios."""
     ours = build(config, dtype, device)
-    inputs = make_inputs(config, batch, dtype, device)
+    inputs = make_inputs(ours, batch)
     decoders = {name: Decoder(model, inputs, new_tokens) for name, model in zip(CLASSES, (ours, twin(ours)))}
     largest = difference(*decoders.values(), dtype)
     runs: dict[tuple[str, str], Callable[[], object]] = {}

@@ -77,7 +77,8 @@ def prompt(
     if config.image_grid_pinpoints is not None:
         grid = tile_grid(image_size, config.image_grid_pinpoints, side)
     placeholders = images * count_visual_tokens(scale, grid, image_size, config.patch_merge_type)
-    words = torch.randint(3, 30000, (batch, text), generator=generator)
+    words = torch.randint(3, config.text_config.vocab_size - 1, (batch, text), generator=generator)
+    words += words >= config.image_token_id  # any token but a placeholder
     ids = torch.cat(
         [
             torch.ones(batch, 1, dtype=torch.long),

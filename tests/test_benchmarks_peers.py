@@ -33,7 +33,7 @@ def test_both_classes_hold_the_same_tensors(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_runs_one_layer_more(kind):
     model, twin = model_and_twin(kind)
-    inputs, layers = peers.make_inputs(model.config, 1), []
+    inputs, layers = peers.make_inputs(model, 1), []
     for each in (model, twin):
         count = []
         for layer in each.get_submodule("model.vision_tower.encoder.layers").children():
@@ -62,7 +62,7 @@ def test_prefill_and_decoding_are_measured(kind):
 
 def test_tokens_are_decoded_as_by_generate_from_pixels():
     model, _ = model_and_twin("anyres")
-    inputs = peers.make_inputs(model.config, 2)
+    inputs = peers.make_inputs(model, 2)
     with torch.no_grad():
         decoder = peers.Decoder(model, inputs, new_tokens=5)
         first, again, generated = decoder.forward(), decoder.forward(), decoder.generate()
@@ -77,7 +77,7 @@ def test_different_work_is_not_compared():
     model, twin = model_and_twin("flat")
     with torch.no_grad():
         twin.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 0.1)
-        inputs = peers.make_inputs(model.config, 1)
+        inputs = peers.make_inputs(model, 1)
         decoders = [peers.Decoder(each, inputs, 2) for each in (model, twin)]
     with pytest.raises(RuntimeError, match="same logits"):
         peers.difference(*decoders, torch.float32)

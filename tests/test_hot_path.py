@@ -50,7 +50,7 @@ def waits(call):
 def test_placeholders_are_counted_once_and_only_in_the_prefill(kind):
     # transformers' own class is the reference for what the language model waits for by itself.
     model = peers.build(peers.as_kind(tiny_config(), kind), torch.float32, "cpu")
-    inputs = peers.make_inputs(model.config, batch=2)
+    inputs = peers.make_inputs(model, batch=2)
     found = {}
     for name, each in zip(peers.CLASSES, (model, peers.twin(model))):
         prefill = waits(lambda each=each: each(**inputs))
@@ -76,7 +76,7 @@ def test_a_decoding_step_needs_no_data():
 @pytest.mark.parametrize("kind", KINDS)
 def test_sizes_and_numbers_are_fetched_once_before_the_vision_tower_has_work(kind, monkeypatch):
     model, events = peers.build(peers.as_kind(tiny_config(), kind), torch.float32, "cpu"), []
-    inputs = peers.make_inputs(model.config, batch=2) | {"num_visual_tokens": torch.tensor([144, 144])}
+    inputs = peers.make_inputs(model, batch=2) | {"num_visual_tokens": torch.tensor([144, 144])}
 
     def note(name):
         plain = getattr(torch.Tensor, name)
@@ -99,7 +99,7 @@ def test_sizes_and_numbers_are_fetched_once_before_the_vision_tower_has_work(kin
 
 def test_training_prompts_are_cut_before_the_language_model_runs():
     model = peers.build(tiny_config(), torch.float32, "cpu").train()
-    inputs = peers.make_inputs(model.config, batch=2)
+    inputs = peers.make_inputs(model, batch=2)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
     with Waits() as noted:
         model.model.language_model.register_forward_pre_hook(lambda *_: noted.found.append("language model"))
@@ -115,7 +115,7 @@ def test_training_prompts_are_cut_before_the_language_model_runs():
 def test_an_answer_encodes_its_pictures_once(settings):
     model, calls = peers.build(tiny_config(), torch.float32, "cpu"), []
     model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
-    inputs = peers.make_inputs(model.config, batch=2)
+    inputs = peers.make_inputs(model, batch=2)
     answers = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, **({"do_sample": False} | settings))
     assert answers.shape[1] == inputs["input_ids"].shape[1] + 4
     assert len(calls) == 1

@@ -1,6 +1,5 @@
 """Conversion of good checkpoints: tensors, settings and files of the new folder, for every variant of the original."""
 
-import errno
 import json
 import logging
 import re
@@ -161,19 +160,6 @@ def test_maps_are_closed_after_each_tensor(tmp_path):
     for key, tensor in file_tensors(tmp_path / "weights.bin").items():
         assert all((chunk == int(key)).all() for chunk in replace(tensor, offset=None).chunks())
         assert memory("RssFile") - before < 2.5 * tensor.nbytes
-
-
-@pytest.mark.parametrize("support", ["none", "not between these files"])
-def test_systems_that_cannot_copy_in_the_kernel(support, tmp_path, monkeypatch):
-    def refuse(*args):
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
-
-    if support == "none":
-        monkeypatch.delattr("os.copy_file_range")
-    else:
-        monkeypatch.setattr("os.copy_file_range", refuse)
-    convert(GOLDENS / "llava-next-m3", tmp_path / "new")
-    assert_same(read_weights(tmp_path / "new"), read_weights(GOLDENS / "llava-next-m3"))
 
 
 def test_shards(tmp_path):

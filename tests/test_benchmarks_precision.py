@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from typer import Typer
@@ -77,3 +78,8 @@ def test_one_page_holds_all_results(results):
     (results / "colours.json").write_text("{}")
     with pytest.raises(ValueError, match="colours.json"):
         report.report(results)
+
+
+def test_the_page_that_is_stored_is_made_of_what_is_stored():
+    folder = Path(report.__file__).with_name("results")
+    assert report.report(folder) == (folder / "README.md").read_text(encoding="utf-8")

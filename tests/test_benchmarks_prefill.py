@@ -84,7 +84,8 @@ def test_scaling_grows_one_thing_at_a_time(tmp_path):
     assert [(row["units"], row["sequence"]) for row in sweeps["batch"]] == [(1, 41), (2, 41)]
     assert [row["units"] for row in sweeps["tiles"]] == [3]
     assert [row["sequence"] for row in sweeps["text"]] == [41, 137, 521, 1033]
-    assert sweeps["batch"][1]["flops"]["total"] == 2 * sweeps["batch"][0]["flops"]["total"]
+    one, two = (row["flops"]["total"] for row in sweeps["batch"])
+    assert two == pytest.approx(2 * one, rel=1e-5)  # transformers 5.16 has a product for rotary angles, once for all
 
 
 @pytest.mark.parametrize(

@@ -149,8 +149,9 @@ class _Views:
                 edge = size.shortest_edge or size.height
                 base = self.resize(image, SizeDict(height=edge, width=edge), PILImageResampling.BICUBIC)
                 return [finish(view) for view in (base, *tiles)]
-            edge = max(image.shape[-2:])
-            return [finish(self._on_canvas(image, edge, edge, background) if do_pad else image)]
+            if do_pad:
+                image = self._square(image, background, size if do_resize else None, resample)
+            return [finish(image)]
 
         normalization = (do_rescale, rescale_factor, do_normalize, image_mean, image_std)
         seen = [views(image) for image in images]
@@ -185,6 +186,11 @@ class _Views:
             for top in range(0, target_height, tile)
             for left in range(0, target_width, tile)
         ]
+
+    def _square(self, image: Any, background: tuple[int, ...], size: SizeDict | None, resample: Any) -> Any:
+        """The picture in the middle of a square, which may be resized to `size` already."""
+        edge = max(image.shape[-2:])
+        return self._on_canvas(image, edge, edge, background)
 
     @staticmethod
     def _on_canvas(image: Any, height: int, width: int, background: tuple[int, ...]) -> Any:
@@ -248,6 +254,18 @@ class M3LlavaImageProcessor(_Views, TorchvisionBackend):
         between = SizeDict(height=new_height, width=width) if height_first else SizeDict(height=height, width=new_width)
         image = super().resize(image, between, resample, **kwargs)
         return super().resize(image, SizeDict(height=new_height, width=new_width), resample, **kwargs)
+
+    def _square(
+        self, image: torch.Tensor, background: tuple[int, ...], size: SizeDict | None, resample: Any
+    ) -> torch.Tensor:
+        """A wide picture gets its new width before it is padded: rows of padding would come out as they are."""
+        height, width = image.shape[-2:]
+        if size is None or height >= width:
+            return super()._square(image, background, size, resample)
+        new_height, new_width = size.shortest_edge or size.height, size.shortest_edge or size.width
+        image = super().resize(image, SizeDict(height=height, width=new_width), resample)
+        image = self._on_canvas(image, width, new_width, background)
+        return super().resize(image, SizeDict(height=new_height, width=new_width), resample)
 
     def _normalized(self, images: list[list[torch.Tensor]], *normalization: Any) -> torch.Tensor:
         """Rescaled and normalized views, (images, most views, c, h, w); zeros after an image's last."""

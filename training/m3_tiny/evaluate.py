@@ -125,8 +125,8 @@ def _answered(
 def _layout(processor: M3LlavaProcessor, questions: list[Question], num_tokens: int) -> dict[str, list[int]]:
     """The picture's sequence: what all questions' prompts begin with, then the rest of each."""
     prompts = [_prompt(processor, question, num_tokens) for question in questions]
-    shared = 0
-    while len({tuple(prompt[: shared + 1]) for prompt, _ in prompts}) == 1:
+    shared, longest = 0, min(len(prompt) for prompt, _ in prompts) - 1  # every question keeps a token of its own
+    while shared < longest and len({tuple(prompt[: shared + 1]) for prompt, _ in prompts}) == 1:
         shared += 1
     layout: dict[str, list[int]] = {
         "ids": prompts[0][0][:shared],

@@ -90,6 +90,7 @@ def _on_cpu(
         lora = add_lora(model, model_arguments) if model_arguments.lora else None
     copies = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}  # merging is done in place
     model.load_state_dict(copies, assign=True)
+    model.tie_weights()  # which `assign` has undone, so that a tied weight would be stored twice
     if lora is not None:
         lora.merge_and_unload()
     return model.to(config.dtype or torch.float32)

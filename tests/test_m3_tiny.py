@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_m3
@@ -16,7 +18,7 @@ from training.m3_tiny import recipe, report
 from training.m3_tiny.data import Records, held_out_easy_vqa, held_out_scenes
 from training.m3_tiny.evaluate import evaluate
 from training.m3_tiny.model import new_model
-from training.m3_tiny.scenes import CHARACTERS, LABELS, TEST_FONTS, TRAIN_FONTS, scene, text_scene
+from training.m3_tiny.scenes import CHARACTERS, LABELS, TEST_FONTS, TRAIN_FONTS, Question, scene, text_scene
 from training.m3_tiny.vision import LabelledScenes, PatchClassifier
 from training.m3_tiny.vision_training import Round
 
@@ -48,14 +50,28 @@ def test_answers_questions_that_need_no_detail(m3_tiny, scale):
 
 def test_sees_with_many_tokens_what_it_cannot_with_few(m3_tiny):
     model, processor = m3_tiny
-    seen = evaluate(model, processor, held_out_scenes(32), [1, 144])["average"].summary()["small shape"]["correct"]
-    assert seen["144"] >= 24 and seen["1"] <= 16
+    seen = evaluate(model, processor, held_out_scenes(32), [1, 9, 144, 576])["average"].summary()
+    small, code = seen["small shape"]["correct"], seen["code"]["correct"]
+    assert small["144"] >= 28 and small["1"] <= 16
+    assert code["576"] >= 8 and code["9"] <= 2
+
+
+def test_answers_as_the_readme_says(m3_tiny):
+    model, processor = m3_tiny
+    with Image.open(Path(__file__).parent / "fixtures" / "scene.png") as picture:
+        questions = [
+            Question("code", "What does the code say?", "A43"),
+            Question("color", "What color is the large cross?", "purple"),
+        ]
+        answers = evaluate(model, processor, [(picture.convert("RGB"), questions)], [1, 9, 36, 144, 576])["average"]
+    assert answers.correct.tolist() == [[False, False, False, False, True], [True] * 5]
 
 
 def test_counts_what_generate_answers(m3_tiny):
     """`evaluate` packs all questions about a picture and never generates; one by one, `generate` must agree."""
     model, processor = m3_tiny
     tests = list(held_out_scenes(3)) + list(itertools.islice(held_out_easy_vqa(), 1))
+    tests.append((tests[0][0], tests[0][1][:1]))  # one question alone
     answers = evaluate(model, processor, tests, [9, 576])["average"]
     generated = []
     for picture, questions in tests:
@@ -138,17 +154,18 @@ def test_untrained_model_is_small():
 
 def test_recipe_runs_from_nothing(tmp_path, monkeypatch):
     """With two steps where the recipe has hundreds: what it makes loads, is measured, and is not made twice."""
-    short = replace(recipe.RUNS["m3-tiny"], start="untrained", steps=2)
+    short = replace(recipe.RUNS["m3-tiny"], start="untrained", steps=2, batch=2)
     rounds = [
         Round(view=168, batch=2, steps=2, learning_rate=1e-3),
         Round(view=336, batch=2, steps=2, learning_rate=1e-3),
     ]
-    for name, value in (("VISION_ROUNDS", rounds), ("RUNS", {"m3-tiny": short}), ("BATCH", 2), ("TEST_PICTURES", 2)):
+    for name, value in (("VISION_ROUNDS", rounds), ("RUNS", {"m3-tiny": short}), ("TEST_PICTURES", 2)):
         monkeypatch.setattr(recipe, name, value)
     monkeypatch.setattr(recipe, "held_out_easy_vqa", lambda: itertools.islice(held_out_easy_vqa(), 1))
     untrained = recipe.prepare(tmp_path)
     final = recipe.train(tmp_path, "m3-tiny")
     assert AutoModelForImageTextToText.from_pretrained(final).config.visual_token_scales == [1, 9, 36, 144, 576]
+    assert "lm_head.weight" not in load_file(final / "model.safetensors")  # tied to the embeddings
     counts = recipe.measure(tmp_path, "m3-tiny")
     assert counts["average"]["code"]["questions"] == 2
     times = [path.stat().st_mtime for path in (untrained / "config.json", final / "config.json")]

@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 import typer
 
-from .recipe import RUNS, measure, prepare, train
+from .recipe import BASES, RUNS, measure, prepare, train
 
 
 def main(
@@ -35,15 +35,16 @@ def main(
         measure(folder, only)
         return
     prepare(folder)
-    train(folder, "language")
+    for name in BASES:
+        train(folder, name)
 
     def run(name: str) -> None:
         command = [sys.executable, "-m", __package__, str(folder), "--only", name, "--threads", "1"]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(run, [name for name in RUNS if name != "language"]))
-    counts = {name: measure(folder, name) for name in RUNS}
+        list(pool.map(run, [name for name in RUNS if name not in BASES]))
+    counts = {name: measure(folder, name) for name in RUNS if name not in BASES}
     (folder / "results.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
     print(f"m3-tiny is in {folder / 'm3-tiny' / 'final'}, the counts are in {folder / 'results.json'}")
 

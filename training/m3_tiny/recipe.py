@@ -28,16 +28,16 @@ from .vision_training import Round, train_vision_tower
 
 
 SCALES = (1, 9, 36, 144, 576)
-BATCH = 16
 # Quarter views are learned from four times as fast as whole ones, whose number of tokens the tower must get used to.
 VISION_ROUNDS = (
     Round(view=168, batch=32, steps=2600, learning_rate=2e-3),
     Round(view=336, batch=16, steps=300, learning_rate=5e-4),
     Round(view=168, batch=32, steps=1700, learning_rate=1e-3),
     Round(view=336, batch=16, steps=200, learning_rate=3e-4),
+    Round(view=336, batch=16, steps=1200, learning_rate=1e-3),
 )
 TEST_PICTURES = 1000  # generated ones, with one question of each kind, and those of easy-vqa with several
-ABLATION_TEST_PICTURES = 300
+ABLATION_TEST_PICTURES = 200
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,17 @@ class Run:
 
     Attributes:
         start: the run whose result it starts from.
-        steps: of 16 pictures.
+        steps: of `batch` pictures.
         scales: visual tokens to train at.
         scale_choice: as in `training.finetune`.
-        learning_rate: of language model and projector; half of it for the vision tower.
-        freeze_vision_tower: whether the tower stays as the first stage left it.
+        learning_rate: of language model and projector. The vision tower stays as the first stage left it: at rates that
+            are right for the others, it forgets how to read.
         sampling: how the visual tokens of coarser scales are made.
         samplings: how they are made in its test.
         test_scales: visual tokens it is tested at; all by default.
+        batch: pictures per step.
+        yes_or_no_first, only: as in `Records`.
+        vision_rounds: how many of `VISION_ROUNDS` its vision tower has been through.
     """
 
     start: str
@@ -61,34 +64,44 @@ class Run:
     scales: tuple[int, ...]
     scale_choice: str = "all"
     learning_rate: float = 1e-3
-    freeze_vision_tower: bool = False
     sampling: str = "average"
     samplings: tuple[str, ...] = ("average",)
     test_scales: tuple[int, ...] = SCALES
+    batch: int = 16
+    yes_or_no_first: float = 0.5
+    only: tuple[str, ...] = ()
+    vision_rounds: int = len(VISION_ROUNDS)
 
     @property
     def is_ablation(self) -> bool:
         return self.steps == ABLATION_STEPS
 
 
-FINAL_STEPS = 400
-ABLATION_STEPS = 150
+FINAL_STEPS = 300
+ABLATION_STEPS = 60
 RUNS = {
     # Paper section 4.1: M3 starts from a LLaVA. This is one, trained at 144 tokens because that is cheap.
-    "language": Run("untrained", 1600, (144,), "fixed", 2e-3, freeze_vision_tower=True, samplings=SAMPLINGS),
+    # Before the last round of the vision tower, not after it: of those two tries only this one learned to compare.
+    "language": Run("untrained", 1600, (144,), "fixed", 2e-3, yes_or_no_first=0.0, vision_rounds=4),
+    # To compare a word with what is seen is learned best where there is nothing else to learn.
+    "words": Run("language", 300, (36,), "fixed", batch=32, only=("presence", "shape")),
+    # Reading is learned where every character has tokens of its own.
+    "reading": Run("words", 800, (576,), "fixed"),
     # Paper, equation 3.2.
-    "m3-tiny": Run("language", FINAL_STEPS, SCALES),
+    "m3-tiny": Run("reading", FINAL_STEPS, SCALES),
     # The same at one scale: 576 alone, to be pooled without training (Table 4), and two "SS" models (Table 2).
-    "full": Run("language", FINAL_STEPS, (576,), "fixed", samplings=SAMPLINGS),
-    "ss-36": Run("language", FINAL_STEPS, (36,), "fixed", test_scales=(36,)),
-    "ss-9": Run("language", FINAL_STEPS, (9,), "fixed", test_scales=(9,)),
+    "full": Run("reading", FINAL_STEPS, (576,), "fixed", samplings=SAMPLINGS),
+    "ss-36": Run("reading", FINAL_STEPS, (36,), "fixed", test_scales=(36,)),
+    "ss-9": Run("reading", FINAL_STEPS, (9,), "fixed", test_scales=(9,)),
     # In small: how tokens are sampled (Table 6), all scales or a random one, and what to start from (Table 8).
-    "ablation-average": Run("language", ABLATION_STEPS, SCALES),
-    "ablation-spatial": Run("language", ABLATION_STEPS, SCALES, sampling="spatial", samplings=("spatial",)),
-    "ablation-sequential": Run("language", ABLATION_STEPS, SCALES, sampling="sequential", samplings=("sequential",)),
-    "ablation-random": Run("language", ABLATION_STEPS, SCALES, "random"),
+    "ablation-average": Run("reading", ABLATION_STEPS, SCALES),
+    "ablation-spatial": Run("reading", ABLATION_STEPS, SCALES, sampling="spatial", samplings=("spatial",)),
+    "ablation-sequential": Run("reading", ABLATION_STEPS, SCALES, sampling="sequential", samplings=("sequential",)),
+    "ablation-random": Run("reading", ABLATION_STEPS, SCALES, "random"),
     "ablation-scratch": Run("untrained", ABLATION_STEPS, SCALES),
 }
+# What the others start from, one after the other. They are not measured.
+BASES = ("language", "words", "reading")
 
 
 def prepare(folder: Path, seed: int = 0) -> Path:
@@ -119,20 +132,17 @@ def train(folder: Path, name: str, seed: int = 0) -> Path:
     output = folder / name
     if (output / "final").exists():
         return output / "final"
-    start = folder / run.start / "final"
-    if run.sampling != "average":
-        start = _with_sampling(start, folder / f"{run.start}-{run.sampling}", run.sampling)
+    start = _start(folder, run)
     return finetune(
-        ModelArguments(model_name_or_path=str(start), freeze_vision_tower=run.freeze_vision_tower),
+        ModelArguments(model_name_or_path=str(start), freeze_vision_tower=True),
         DataArguments(model_max_length=1024, strict=True),
         M3TrainingArguments(
             output_dir=str(output),
             matryoshka_scales=list(run.scales),
             scale_choice=run.scale_choice,
             max_steps=run.steps,
-            per_device_train_batch_size=BATCH,
+            per_device_train_batch_size=run.batch,
             learning_rate=run.learning_rate,
-            vision_tower_learning_rate=run.learning_rate / 2,
             lr_scheduler_type="cosine",
             warmup_steps=run.steps // 15,
             weight_decay=0.05,
@@ -146,7 +156,7 @@ def train(folder: Path, name: str, seed: int = 0) -> Path:
             seed=seed,
             report_to=[],
         ),
-        records=Records(run.steps * BATCH, "language" if run.freeze_vision_tower else "final"),
+        records=Records(run.steps * run.batch, name if name in BASES else "final", run.yes_or_no_first, run.only),
     )
 
 
@@ -172,6 +182,29 @@ def measure(folder: Path, name: str) -> dict:
         counts["seen fonts"] = ask(held_out_scenes(ABLATION_TEST_PICTURES, TRAIN_FONTS))["average"]
     file.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
     return counts
+
+
+def _start(folder: Path, run: Run) -> Path:
+    """The checkpoint that a run starts from: another run's, where needed with another vision tower or way to sample."""
+    start = folder / run.start / "final"
+    before = RUNS[run.start].vision_rounds if run.start in RUNS else Run.vision_rounds
+    if run.vision_rounds != before:
+        tower = folder / "vision" / str(run.vision_rounds - 1) / "result"
+        start = _with_tower(start, folder / f"{run.start}-{run.vision_rounds}-rounds", tower)
+    if run.sampling != "average":
+        start = _with_sampling(start, folder / f"{run.start}-{run.sampling}", run.sampling)
+    return start
+
+
+def _with_tower(source: Path, copy: Path, tower: Path) -> Path:
+    """The same checkpoint with another vision tower."""
+    if not copy.exists():
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+        model.model.vision_tower.load_state_dict(CLIPVisionModel.from_pretrained(tower).state_dict())
+        with new_folder(copy, overwrite=False) as partial:
+            shutil.copytree(source, partial, dirs_exist_ok=True)
+            model.save_pretrained(partial)
+    return copy
 
 
 def _with_sampling(source: Path, copy: Path, sampling: str) -> Path:

@@ -17,13 +17,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from conversion.card import PAPER_URL
 
 from .data import EASY_VQA
-from .recipe import ABLATION_STEPS, BATCH, FINAL_STEPS, RUNS, SCALES
+from .recipe import BASES, RUNS, SCALES
 from .scenes import DETAIL_KINDS, EASY_KINDS, TEST_FONTS, TRAIN_FONTS
 
 
 NO_DETAIL = (EASY_VQA, *EASY_KINDS)
 KINDS = (*NO_DETAIL, *DETAIL_KINDS)
-NAMES = {"full": "576 only", "language": "before the all-scales stage"}
 FINEST_FIRST = sorted(SCALES, reverse=True)
 
 
@@ -102,6 +101,8 @@ def text(counts: Counts, plots: str) -> str:
         f"generated pictures of other seeds, whose codes are written in another font ({', '.join(TEST_FONTS)}; training has "
         f"{', '.join(TRAIN_FONTS)}), {counts.questions('m3-tiny', 'code'):,} questions of each kind. Made by:",
         "```bash\npython -m training.m3_tiny m3-tiny-run && python -m training.m3_tiny.report m3-tiny-run/results.json\n```",
+        "The stored checkpoint saw other pictures of the same kind than a repeat draws in the first two rounds of its vision "
+        "tower, whose series then had other names.",
         "## By kind of question",
         _table(
             ["Visual tokens", *KINDS],
@@ -112,13 +113,9 @@ def text(counts: Counts, plots: str) -> str:
         + "; ".join(f"{counts.cell('m3-tiny', scale, ['code'], 'seen fonts')} at {scale}" for scale in FINEST_FIRST)
         + ".",
         "## Against models trained otherwise",
-        f"{_training_free(counts)} is pooled without training for it (paper, Table 4)."
-        + (
-            f" SS is trained at its one scale. All but it start from the same model and see the same {FINAL_STEPS * BATCH:,} pictures."
-            if any(name in counts.counts for name in ("ss-36", "ss-9"))
-            else ""
-        )
-        + f" Means over the kinds of questions that need no detail ({', '.join(NO_DETAIL)}), then over those that do "
+        f"All start from the same model and see the same {_pictures('full'):,} pictures. SS is trained at its one scale. "
+        "*576 only* is trained at 576 tokens alone and pooled without training for it (paper, Table 4)."
+        f" Means over the kinds of questions that need no detail ({', '.join(NO_DETAIL)}), then over those that do "
         f"({', '.join(DETAIL_KINDS)}).",
         *(_models(counts, kinds) for kinds in (NO_DETAIL, DETAIL_KINDS)),
         f"![M3 and training-free pooling by number of visual tokens]({plots}/by-model.png)",
@@ -127,18 +124,22 @@ def text(counts: Counts, plots: str) -> str:
         "and 1 where no number does, as the paper's authors count (Table 2).",
         _table(["Question", "576 tokens", "oracle", "its mean tokens"], [_oracle(counts, kind) for kind in KINDS]),
     ]
-    missing = [name for name in RUNS if name not in counts.counts]
+    missing = [name for name in RUNS if name not in (*BASES, *counts.counts)]
     if missing:
         parts.insert(3, f"Runs of the recipe that were not made for this page yet: {', '.join(missing)}.")
     if any(name.startswith("ablation-") for name in counts.counts):
         parts += [
             "## Ablations, in small",
-            f"{ABLATION_STEPS * BATCH:,} pictures each, fewer questions, generated pictures only. How coarser tokens are made "
+            f"{_pictures('ablation-average'):,} pictures each, fewer questions, generated pictures only. How coarser tokens are made "
             "(paper, Table 6), whether every step averages over all scales or draws one, and whether the language model comes "
             "from the stage before (Table 8). Means over the kinds without and with detail.",
             _ablations(counts),
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def _pictures(name: str) -> int:
+    return RUNS[name].steps * RUNS[name].batch
 
 
 def plot_kinds(counts: Counts, file: Path) -> None:
@@ -150,9 +151,8 @@ def plot_kinds(counts: Counts, file: Path) -> None:
 def plot_models(counts: Counts, file: Path) -> None:
     """M3 and the training-free ways, where no detail is needed."""
     lines = {"M3": [counts.accuracy("m3-tiny", scale, NO_DETAIL) for scale in SCALES]}
-    free = _free(counts)
-    for sampling in RUNS[free].samplings:
-        lines[f"{NAMES[free]}, {sampling}"] = [counts.accuracy(free, scale, NO_DETAIL, sampling) for scale in SCALES]
+    for sampling in RUNS["full"].samplings:
+        lines[f"576 only, {sampling}"] = [counts.accuracy("full", scale, NO_DETAIL, sampling) for scale in SCALES]
     _plot(lines, file, "accuracy without detail, %")
 
 
@@ -175,26 +175,15 @@ def _plot(lines: dict[str, list[tuple[float, float]]], file: Path, label: str, d
     matplotlib.pyplot.close(figure)
 
 
-def _free(counts: Counts) -> str:
-    """The run whose model was trained at one scale and is pooled without training at the others."""
-    return "full" if "full" in counts.counts else "language"
-
-
-def _training_free(counts: Counts) -> str:
-    name = _free(counts)
-    (scale,) = RUNS[name].scales
-    return f"*{NAMES[name]}*, trained at {scale} visual tokens alone,"
-
-
 def _models(counts: Counts, kinds: Sequence[str]) -> str:
-    free = _free(counts)
+    ways = RUNS["full"].samplings
     rows = []
     for scale in FINEST_FIRST:
-        alone = next((name for name, run in RUNS.items() if run.start == "language" and run.scales == (scale,)), None)
+        alone = next((name for name, run in RUNS.items() if run.start == BASES[-1] and run.scales == (scale,)), None)
         trained_alone = counts.cell(alone, scale, kinds) if alone in counts.counts else ""
-        pooled = [counts.cell(free, scale, kinds, sampling) for sampling in RUNS[free].samplings]
+        pooled = [counts.cell("full", scale, kinds, sampling) for sampling in ways]
         rows.append([scale, counts.cell("m3-tiny", scale, kinds), trained_alone, *pooled])
-    return _table(["Visual tokens", "M3", "SS", *(f"{NAMES[free]}, {way}" for way in RUNS[free].samplings)], rows)
+    return _table(["Visual tokens", "M3", "SS", *(f"576 only, {way}" for way in ways)], rows)
 
 
 def _oracle(counts: Counts, kind: str) -> list[str]:

@@ -293,11 +293,12 @@ class _Painter:
         return box
 
     def _color(self) -> int:
-        """One that stands out from the background."""
-        pale = ("yellow", "green", "orange", "gray")
-        dark = ("black", "blue", "brown", "teal", "purple")
-        names = list(COLORS)
-        return self.rng.choice([i for i, name in enumerate(names) if name not in (dark if self.dark else pale[:1])])
+        return self.rng.choice(self._colors())
+
+    def _colors(self) -> list[int]:
+        """Those that stand out from the background."""
+        hidden = ("black", "blue", "brown", "teal", "purple") if self.dark else ("yellow",)
+        return [index for index, name in enumerate(COLORS) if name not in hidden]
 
 
 def _rgb(rng: random.Random, color: int) -> tuple[int, ...]:

@@ -293,12 +293,9 @@ class _Painter:
         return box
 
     def _color(self) -> int:
-        return self.rng.choice(self._colors())
-
-    def _colors(self) -> list[int]:
-        """Those that stand out from the background."""
+        """One that stands out from the background."""
         hidden = ("black", "blue", "brown", "teal", "purple") if self.dark else ("yellow",)
-        return [index for index, name in enumerate(COLORS) if name not in hidden]
+        return self.rng.choice([index for index, name in enumerate(COLORS) if name not in hidden])
 
 
 def _rgb(rng: random.Random, color: int) -> tuple[int, ...]:

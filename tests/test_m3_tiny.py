@@ -159,7 +159,8 @@ def test_recipe_runs_from_nothing(tmp_path, monkeypatch):
         Round(view=168, batch=2, steps=2, learning_rate=1e-3),
         Round(view=336, batch=2, steps=2, learning_rate=1e-3),
     ]
-    for name, value in (("VISION_ROUNDS", rounds), ("RUNS", {"m3-tiny": short}), ("TEST_PICTURES", 2)):
+    few = {"TEST_PICTURES": 2, "ABLATION_TEST_PICTURES": 2}
+    for name, value in {"VISION_ROUNDS": rounds, "RUNS": {"m3-tiny": short}, **few}.items():
         monkeypatch.setattr(recipe, name, value)
     monkeypatch.setattr(recipe, "held_out_easy_vqa", lambda: itertools.islice(held_out_easy_vqa(), 1))
     untrained = recipe.prepare(tmp_path)

@@ -8,6 +8,7 @@ picture share one prefix of visual tokens, each seeing that prefix and itself al
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -125,9 +126,8 @@ def _answered(
 def _layout(processor: M3LlavaProcessor, questions: list[Question], num_tokens: int) -> dict[str, list[int]]:
     """The picture's sequence: what all questions' prompts begin with, then the rest of each."""
     prompts = [_prompt(processor, question, num_tokens) for question in questions]
-    shared, longest = 0, min(len(prompt) for prompt, _ in prompts) - 1  # every question keeps a token of its own
-    while shared < longest and len({tuple(prompt[: shared + 1]) for prompt, _ in prompts}) == 1:
-        shared += 1
+    ids = [prompt for prompt, _ in prompts]
+    shared = min(len(commonprefix(ids)), min(map(len, ids)) - 1)  # every question keeps a token of its own
     layout: dict[str, list[int]] = {
         "ids": prompts[0][0][:shared],
         "positions": list(range(shared)),

@@ -23,7 +23,7 @@ from .arguments import DataArguments, M3TrainingArguments, ModelArguments, parse
 from .data import BadSampleError, Collator, LlavaDataset, Record, read_records
 from .export import export
 from .parameters import prepare_parameters
-from .trainer import M3Trainer
+from .trainer import M3Trainer, OptimizerClass
 
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ def finetune(
     *,
     records: Sequence[Record] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    optimizer_class: OptimizerClass | None = None,
 ) -> Path:
     """Trains, going on from the last checkpoint in the output folder if there is one. Returns the final folder.
 
@@ -45,14 +46,14 @@ def finetune(
         model_arguments, data_arguments, arguments: of the run.
         records: in place of a data file; see `LlavaDataset`.
         callbacks: of `Trainer`.
+        optimizer_class: as in `M3Trainer`.
 
     Raises:
         ValueError: before training, for anything that is wrong with the arguments, the data file or the output folder;
             during it, for a bad record with `strict`.
     """
-    return _train(
-        _prepare(model_arguments, data_arguments, arguments, records, callbacks), model_arguments, data_arguments
-    )
+    trainer = _prepare(model_arguments, data_arguments, arguments, records, callbacks, optimizer_class)
+    return _train(trainer, model_arguments, data_arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,6 +82,7 @@ def _prepare(
     arguments: M3TrainingArguments,
     records: Sequence[Record] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    optimizer_class: OptimizerClass | None = None,
 ) -> M3Trainer:
     _last_checkpoint(Path(arguments.output_dir))
     name = model_arguments.model_name_or_path
@@ -109,6 +111,7 @@ def _prepare(
     prepare_parameters(model, model_arguments)
     return M3Trainer(
         scales=scales,
+        optimizer_class=optimizer_class,
         model=model,
         args=arguments,
         train_dataset=dataset,

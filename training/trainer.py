@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from .parameters import parameter_groups
 from .sampler import ModalityLengthSampler
 
 
+OptimizerClass = Callable[[nn.Module, list[dict[str, Any]]], torch.optim.Optimizer]
+
+
 class M3Trainer(Trainer):
     """Trains on batches made at the finest scale.
 
@@ -24,14 +27,16 @@ class M3Trainer(Trainer):
 
     Args:
         scales: numbers of visual tokens to train at; all of them, or one drawn for each step, as `args.scale_choice` says.
+        optimizer_class: called with the model and its parameter groups, in place of the optimizer that `args` name.
         kwargs: of `Trainer`.
     """
 
     args: M3TrainingArguments
 
-    def __init__(self, *, scales: Sequence[int], **kwargs: Any):
+    def __init__(self, *, scales: Sequence[int], optimizer_class: OptimizerClass | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         self.scales = list(scales)
+        self.optimizer_class = optimizer_class
         self._scale_losses: dict[int, torch.Tensor] = {}
         self._scale_steps: dict[int, set[int]] = {}
         self._sampler: ModalityLengthSampler | None = None
@@ -64,10 +69,12 @@ class M3Trainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
         if self.optimizer is None:
-            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer(
-                parameter_groups(model, set(self.get_decay_parameter_names(model)), self.args), **options
-            )
+            groups = parameter_groups(model, set(self.get_decay_parameter_names(model)), self.args)
+            if self.optimizer_class is not None:
+                self.optimizer = self.optimizer_class(model, groups)
+            else:
+                optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+                self.optimizer = optimizer(groups, **options)
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,5 +1,6 @@
 """The trained checkpoint that ships with the package, and the recipe that made it."""
 
+import copy
 import filecmp
 import itertools
 import json
@@ -18,6 +19,7 @@ from training.m3_tiny import recipe, report
 from training.m3_tiny.data import Records, held_out_easy_vqa, held_out_scenes
 from training.m3_tiny.evaluate import evaluate
 from training.m3_tiny.model import new_model
+from training.m3_tiny.muon import MuonWithAdamW
 from training.m3_tiny.scenes import CHARACTERS, LABELS, TEST_FONTS, TRAIN_FONTS, Question, scene, text_scene
 from training.m3_tiny.vision import LabelledScenes, PatchClassifier
 from training.m3_tiny.vision_training import Round
@@ -45,15 +47,15 @@ def test_folder_is_small_and_whole():
 def test_answers_questions_that_need_no_detail(m3_tiny, scale):
     model, processor = m3_tiny
     answers = evaluate(model, processor, itertools.islice(held_out_easy_vqa(), 24), [scale])["average"]
-    assert answers.correct.mean() > 0.8
+    assert answers.correct.mean() > 0.97
 
 
 def test_sees_with_many_tokens_what_it_cannot_with_few(m3_tiny):
     model, processor = m3_tiny
     seen = evaluate(model, processor, held_out_scenes(32), [1, 9, 144, 576])["average"].summary()
     small, code = seen["small shape"]["correct"], seen["code"]["correct"]
-    assert small["144"] >= 28 and small["1"] <= 16
-    assert code["576"] >= 8 and code["9"] <= 2
+    assert small["144"] >= 24 and small["1"] <= 16
+    assert code["576"] >= 16 and code["9"] <= 8
 
 
 def test_answers_as_the_readme_says(m3_tiny):
@@ -64,7 +66,7 @@ def test_answers_as_the_readme_says(m3_tiny):
             Question("color", "What color is the large cross?", "purple"),
         ]
         answers = evaluate(model, processor, [(picture.convert("RGB"), questions)], [1, 9, 36, 144, 576])["average"]
-    assert answers.correct.tolist() == [[False, False, False, False, True], [True] * 5]
+    assert answers.correct.tolist() == [[False, False, False, True, True], [True] * 5]
 
 
 def test_counts_what_generate_answers(m3_tiny):
@@ -124,13 +126,23 @@ def test_scenes_are_labelled_where_things_are(make, view):
     names = [name for name, _ in LABELS]
     for kind, (_, classes) in enumerate(LABELS):
         assert 0 <= made.labels[..., kind].min() and made.labels[..., kind].max() < classes
-    character, slot = made.labels[..., names.index("character")], made.labels[..., names.index("slot")]
-    assert ((character > 0) == (slot > 0)).all() and (character > 0).any()
-    if make is scene:
+    characters = made.labels[..., [names.index(f"character {place}") for place in (1, 2, 3, 4)]]
+    assert characters.any()
+    if make is scene:  # one code, every character of it somewhere, left to right
         code = next(question.answer for question in made.questions if question.kind == "code")
-        rows, columns = np.nonzero(character)
-        read = {int(slot[r, c]): CHARACTERS[character[r, c] - 1] for r, c in zip(rows, columns)}
-        assert all(code[place - 1] == read[place] for place in read)
+        shown = [set(characters[..., place].ravel().tolist()) - {0} for place in range(4)]
+        assert shown == [{CHARACTERS.index(character) + 1} for character in code] + [set()] * (4 - len(code))
+        columns = [np.nonzero(characters[..., place])[1].mean() for place in range(len(code))]
+        assert columns == sorted(columns)
+
+
+def test_yes_is_as_often_right_as_no():
+    """Of either set: where "no" is right more often, a model learns to say it before it learns to look."""
+    records = Records(300, "any", yes_or_no_first=1.0)
+    answers = [[turn["value"] for turn in records[index]["conversations"][1::2]] for index in range(300)]
+    first = [row[0] for row in answers if row[0] in ("yes", "no")]
+    assert len(first) > 200 and abs(first.count("yes") / len(first) - 0.5) < 0.1
+    assert Records(1, only=("code",))[0] == Records(1, only=("code",))[0]
 
 
 def test_vision_tower_is_trained_as_the_model_runs_it(m3_tiny):
@@ -150,6 +162,42 @@ def test_untrained_model_is_small():
     model = new_model(processor.tokenizer)
     assert 2e6 < sum(parameter.numel() for parameter in model.parameters()) < 3e6
     assert json.loads(model.config.to_json_string())["visual_token_scales"] == [1, 9, 36, 144, 576]
+
+
+def test_layers_are_trained_by_muon_and_the_rest_by_adamw():
+    """One optimizer does what torch's two do side by side, follows a schedule, and goes on from its state."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(4, 8)]), "head": torch.nn.Linear(8, 3)})
+    apart, resumed = copy.deepcopy(model), copy.deepcopy(model)
+    matrix, others = apart["layers"][0].weight, [apart["layers"][0].bias, *apart["head"].parameters()]
+    reference = [
+        torch.optim.Muon([matrix], lr=0.03, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.01, weight_decay=0.1),
+    ]
+
+    def one(of):
+        return MuonWithAdamW(of, [{"params": list(of.parameters()), "lr": 0.01, "weight_decay": 0.1}])
+
+    def steps(of, optimizers, number):
+        schedules = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) for optimizer in optimizers]
+        for _ in range(number):
+            of["head"](of["layers"][0](torch.ones(2, 4)).relu()).square().sum().backward()
+            for step in (*optimizers, *schedules):
+                step.step()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+
+    optimizer = one(model)
+    steps(model, [optimizer], 2)
+    steps(apart, reference, 2)
+    later = one(resumed)
+    resumed.load_state_dict(model.state_dict())
+    later.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for of, optimizers in ((model, [optimizer]), (apart, reference), (resumed, [later])):
+        steps(of, optimizers, 2)
+    for first, second, third in zip(model.parameters(), apart.parameters(), resumed.parameters()):
+        torch.testing.assert_close(first, second)
+        torch.testing.assert_close(first, third, rtol=0, atol=0)
 
 
 def test_recipe_runs_from_nothing(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """`python -m training.m3_tiny FOLDER`: the whole recipe of m3-tiny, from nothing to the measured counts.
 
-Runs that do not depend on each other go side by side, one thread each: two of them on two cores are faster than one after
-the other on both.
+Processes have one thread each: for so small a model two of them are faster than one with two threads. The stages up to
+m3-tiny go one after the other, each in all processes; the runs that it is compared with go side by side.
 """
 
 import json
@@ -12,41 +12,55 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from .recipe import BASES, RUNS, measure, prepare, train
+from .recipe import BASES, RUNS, measure, prepare, train, train_tower
+from .vision_training import number_of_processes
+
+
+TOWER = "vision-tower"
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Where runs and results go. Finished runs found there are kept.")],
-    only: Annotated[str | None, typer.Option(help=f"One run: {', '.join(RUNS)}.")] = None,
-    jobs: Annotated[int, typer.Option(help="Runs at a time.")] = os.cpu_count() or 1,
-    threads: Annotated[int, typer.Option(help="Threads of a run that has the machine to itself.")] = os.cpu_count()
-    or 1,
+    only: Annotated[str | None, typer.Option(help=f"One: {', '.join((TOWER, *RUNS))}.")] = None,
+    processes: Annotated[int, typer.Option(help="Another number gives another, as good, result.", min=1)] = 2,
 ) -> None:
     """Trains m3-tiny and what it is compared with, and counts the right answers of each."""
-    torch.set_num_threads(threads)
-    folder.mkdir(parents=True, exist_ok=True)
-    if only is not None:
-        if only not in RUNS:
-            raise typer.BadParameter(f"{only} is none of {', '.join(RUNS)}", param_hint="--only")
+    if only == TOWER:
+        train_tower(folder)
+    elif only in RUNS:
         train(folder, only)
-        measure(folder, only)
-        return
+        if only not in BASES and number_of_processes() == 1:
+            measure(folder, only)
+    elif only is not None:
+        raise typer.BadParameter(f"{only} is none of {', '.join((TOWER, *RUNS))}", param_hint="--only")
+    else:
+        _all(folder, processes)
+
+
+def _all(folder: Path, processes: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _launch(folder, TOWER, processes)
     prepare(folder)
-    for name in BASES:
-        train(folder, name)
+    for name in (*BASES, "m3-tiny"):
+        _launch(folder, name, processes)
 
-    def run(name: str) -> None:
-        command = [sys.executable, "-m", __package__, str(folder), "--only", name, "--threads", "1"]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(run, [name for name in RUNS if name not in BASES]))
-    counts = {name: measure(folder, name) for name in RUNS if name not in BASES}
+    names = [name for name in RUNS if name not in BASES]
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(lambda name: _launch(folder, name, 1), names))
+    counts = {name: measure(folder, name) for name in names}
     (folder / "results.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
     print(f"m3-tiny is in {folder / 'm3-tiny' / 'final'}, the counts are in {folder / 'results.json'}")
+
+
+def _launch(folder: Path, name: str, processes: int) -> None:
+    """One run, in processes of its own; a single one measures it too."""
+    several = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
+    command = [sys.executable, *several, "-m", __package__, str(folder), "--only", name]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 typer.run(main)

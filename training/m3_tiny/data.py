@@ -9,15 +9,23 @@ from typing import Any
 import easy_vqa
 from PIL import Image
 
-from .scenes import SHAPES, TEST_FONTS, TRAIN_FONTS, Question, scene
+from .scenes import COLORS, SHAPES, TEST_FONTS, TRAIN_FONTS, Question, repeated_code_scene, scene
 
 
 EASY_VQA = "easy-vqa"
 MOST_QUESTIONS = 8  # asked of a training picture in one conversation
+# How easy-vqa asks whether something is there, and whether it is not.
+IS_THERE = ("is there a {}?", "is there a {} in the image?", "is a {} present?", "does the image contain a {}?")
+IS_THERE_NOT = (
+    "is there not a {}?",
+    "is there not a {} in the image?",
+    "is no {} present?",
+    "does the image not contain a {}?",
+)
 
 
 class Records(Sequence):
-    """Conversations about pictures, in LLaVA's format but with the picture itself: every fourth is of easy-vqa.
+    """Conversations about pictures, in LLaVA's format but with the picture itself: every third is of easy-vqa.
 
     Record `index` is always the same; the order of its questions too.
 
@@ -25,15 +33,21 @@ class Records(Sequence):
         length: how many.
         name: another name is another series of scenes.
         yes_or_no_first: in which share of the conversations questions to answer by yes or no come first: after the others
-            they can be answered by what was said before, without the picture. If any, a scene has three of them.
-        only: where given, a conversation is one question and answer, of one of these kinds for a scene, and by yes or no
-            for a picture of easy-vqa. To compare a word with what is seen is hardly ever learned where such answers are a
-            small part of long conversations.
+            they can be answered by what was said before, without the picture. Either answer is as likely as the other.
+        only: where given, the kinds of questions about a scene.
+        repeated_codes: the share of scenes that are one code all over, to be read.
     """
 
-    def __init__(self, length: int, name: str = "train", yes_or_no_first: float = 0.0, only: Sequence[str] = ()):
+    def __init__(
+        self,
+        length: int,
+        name: str = "train",
+        yes_or_no_first: float = 0.0,
+        only: Sequence[str] = (),
+        repeated_codes: float = 0.0,
+    ):
         self.length, self.name = length, name
-        self.yes_or_no_first, self.only = yes_or_no_first, only
+        self.yes_or_no_first, self.only, self.repeated_codes = yes_or_no_first, only, repeated_codes
 
     def __len__(self) -> int:
         return self.length
@@ -42,19 +56,19 @@ class Records(Sequence):
         if not 0 <= index < self.length:
             raise IndexError(index)
         rng = random.Random(f"{self.name} {index}")
-        if index % 4 == 0:
+        if index % 3 == 0:
             pictures = easy_vqa_pictures("train")
             picture, questions = pictures[sorted(pictures)[rng.randrange(len(pictures))]]
             picture = Image.open(picture).convert("RGB")
+        elif rng.random() < self.repeated_codes:
+            made = repeated_code_scene(f"{self.name} {index}")
+            picture, questions = made.picture, made.questions
         else:
             made = scene(f"{self.name} {index}", TRAIN_FONTS)
-            picture, questions = made.picture, made.questions
-            if self.yes_or_no_first:
-                questions += _more_of_presence(questions, rng)
+            picture, questions = made.picture, made.questions + _yes_or_no_questions(made.questions, rng)
         if self.only:
-            questions = [
-                rng.choice([asked for asked in questions if asked.kind in self.only or _is_of_easy_vqa(asked)])
-            ]
+            questions = [question for question in questions if question.kind in (EASY_VQA, *self.only)]
+        questions = _as_often_yes_as_no(questions, rng)
         questions = rng.sample(questions, min(MOST_QUESTIONS, len(questions)))
         if rng.random() < self.yes_or_no_first:
             questions.sort(key=lambda question: not _is_yes_or_no(question))
@@ -96,15 +110,27 @@ def corpus() -> Iterator[str]:
         yield from (turn["value"] for turn in record["conversations"])
 
 
-def _more_of_presence(questions: list[Question], rng: random.Random) -> list[Question]:
-    """Two more questions whether a shape is there."""
-    shape = next(question.answer for question in questions if question.kind == "shape")
-    asked = [rng.choice((shape, rng.choice([other for other in SHAPES if other != shape]))) for _ in range(2)]
-    return [Question("presence", f"Is there a large {name}?", "yes" if name == shape else "no") for name in asked]
+def _yes_or_no_questions(questions: list[Question], rng: random.Random) -> list[Question]:
+    """Whether a large shape, and a large shape of some colour, is there or is not, as easy-vqa asks it."""
+    answers = {question.kind: question.answer for question in questions}
+    result = []
+    for there, names, what in ((answers["shape"], SHAPES, "large {}"), (answers["color"], COLORS, "large {} shape")):
+        asked = rng.choice((there, rng.choice([name for name in names if name != there])))
+        negated = rng.random() < 0.5
+        text = rng.choice(IS_THERE_NOT if negated else IS_THERE).format(what.format(asked))
+        result.append(Question("presence", text, "yes" if (asked == there) != negated else "no"))
+    return result
 
 
-def _is_of_easy_vqa(question: Question) -> bool:
-    return question.kind == EASY_VQA and _is_yes_or_no(question)
+def _as_often_yes_as_no(questions: list[Question], rng: random.Random) -> list[Question]:
+    """Leaves out some that are answered by yes or no: those asked would mostly be "no", which is then learned first."""
+    left: dict[str, list[Question]] = {"yes": [], "no": []}
+    result = []
+    for question in rng.sample(questions, len(questions)):
+        left.get(question.answer, result).append(question)
+    while some := left[rng.choice(("yes", "no"))]:
+        result.append(some.pop())
+    return result or questions
 
 
 def _is_yes_or_no(question: Question) -> bool:

@@ -31,11 +31,15 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 512 tokens in which every digit and capital letter stands alone, so that codes are spelled."""
+    """A byte-level BPE of at most 512 tokens.
+
+    Every digit and capital letter stands alone, so that codes are spelled; and every space, so that a word is the same
+    token in a question and as an answer: a model that can say "red" then knows what is asked by "a red shape".
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex("[0-9A-Z]"), "isolated"),
+            pre_tokenizers.Split(Regex("[0-9A-Z ]"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )

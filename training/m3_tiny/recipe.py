@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionM
 from conversion.card import model_card
 from conversion.convert import write_all_but_weights
 from conversion.writer import new_folder
+from modeling_m3 import M3LlavaProcessor
 from modeling_m3.visual_tokens import SAMPLINGS
 from training.arguments import DataArguments, M3TrainingArguments, ModelArguments
 from training.finetune import finetune
@@ -23,18 +24,16 @@ from training.finetune import finetune
 from .data import Records, corpus, held_out_easy_vqa, held_out_scenes
 from .evaluate import evaluate
 from .model import new_model, new_processor, train_tokenizer
+from .muon import MuonWithAdamW
 from .scenes import TRAIN_FONTS, Question
-from .vision_training import Round, train_vision_tower
+from .vision_training import Round, number_of_processes, train_vision_tower
 
 
 SCALES = (1, 9, 36, 144, 576)
 # Quarter views are learned from four times as fast as whole ones, whose number of tokens the tower must get used to.
 VISION_ROUNDS = (
-    Round(view=168, batch=32, steps=2600, learning_rate=2e-3),
-    Round(view=336, batch=16, steps=300, learning_rate=5e-4),
-    Round(view=168, batch=32, steps=1700, learning_rate=1e-3),
-    Round(view=336, batch=16, steps=200, learning_rate=3e-4),
-    Round(view=336, batch=16, steps=1200, learning_rate=1e-3),
+    Round(view=168, batch=32, steps=6000, learning_rate=3e-3),
+    Round(view=336, batch=16, steps=900, learning_rate=1.5e-3),
 )
 TEST_PICTURES = 1000  # generated ones, with one question of each kind, and those of easy-vqa with several
 ABLATION_TEST_PICTURES = 200
@@ -55,8 +54,7 @@ class Run:
         samplings: how they are made in its test.
         test_scales: visual tokens it is tested at; all by default.
         batch: pictures per step.
-        yes_or_no_first, only: as in `Records`.
-        vision_rounds: how many of `VISION_ROUNDS` its vision tower has been through.
+        yes_or_no_first, only, repeated_codes: as in `Records`.
     """
 
     start: str
@@ -70,38 +68,41 @@ class Run:
     batch: int = 16
     yes_or_no_first: float = 0.5
     only: tuple[str, ...] = ()
-    vision_rounds: int = len(VISION_ROUNDS)
+    repeated_codes: float = 0.0
 
     @property
     def is_ablation(self) -> bool:
         return self.steps == ABLATION_STEPS
 
 
-FINAL_STEPS = 300
+FINAL_STEPS = 250
 ABLATION_STEPS = 60
 RUNS = {
-    # Paper section 4.1: M3 starts from a LLaVA. This is one, trained at 144 tokens because that is cheap.
-    # Before the last round of the vision tower, not after it: of those two tries only this one learned to compare.
-    "language": Run("untrained", 1600, (144,), "fixed", 2e-3, yes_or_no_first=0.0, vision_rounds=4),
-    # To compare a word with what is seen is learned best where there is nothing else to learn.
-    "words": Run("language", 300, (36,), "fixed", batch=32, only=("presence", "shape")),
-    # Reading is learned where every character has tokens of its own.
-    "reading": Run("words", 800, (576,), "fixed"),
+    # To compare a word with what is seen is learned best where there is little else to learn, and little to look at.
+    "words": Run(
+        "untrained", 400, (9,), "fixed", 2e-3, batch=32, yes_or_no_first=1.0, only=("presence", "shape", "color")
+    ),
+    # Reading is not learned for long beside all else, or where the code is hard to find.
+    "letters": Run("words", 240, (144,), "fixed", 2e-3, only=("code",), repeated_codes=0.6),
+    # All kinds of questions, where a step is cheap.
+    "coarse": Run("letters", 700, (144,), "fixed", 2e-3, repeated_codes=0.15),
+    # Paper section 4.1: M3 starts from a LLaVA. This is one, at 576 tokens.
+    "language": Run("coarse", 300, (576,), "fixed", batch=8),
     # Paper, equation 3.2.
-    "m3-tiny": Run("reading", FINAL_STEPS, SCALES),
+    "m3-tiny": Run("language", FINAL_STEPS, SCALES),
     # The same at one scale: 576 alone, to be pooled without training (Table 4), and two "SS" models (Table 2).
-    "full": Run("reading", FINAL_STEPS, (576,), "fixed", samplings=SAMPLINGS),
-    "ss-36": Run("reading", FINAL_STEPS, (36,), "fixed", test_scales=(36,)),
-    "ss-9": Run("reading", FINAL_STEPS, (9,), "fixed", test_scales=(9,)),
+    "full": Run("language", FINAL_STEPS, (576,), "fixed", samplings=SAMPLINGS),
+    "ss-36": Run("language", FINAL_STEPS, (36,), "fixed", test_scales=(36,)),
+    "ss-9": Run("language", FINAL_STEPS, (9,), "fixed", test_scales=(9,)),
     # In small: how tokens are sampled (Table 6), all scales or a random one, and what to start from (Table 8).
-    "ablation-average": Run("reading", ABLATION_STEPS, SCALES),
-    "ablation-spatial": Run("reading", ABLATION_STEPS, SCALES, sampling="spatial", samplings=("spatial",)),
-    "ablation-sequential": Run("reading", ABLATION_STEPS, SCALES, sampling="sequential", samplings=("sequential",)),
-    "ablation-random": Run("reading", ABLATION_STEPS, SCALES, "random"),
+    "ablation-average": Run("language", ABLATION_STEPS, SCALES),
+    "ablation-spatial": Run("language", ABLATION_STEPS, SCALES, sampling="spatial", samplings=("spatial",)),
+    "ablation-sequential": Run("language", ABLATION_STEPS, SCALES, sampling="sequential", samplings=("sequential",)),
+    "ablation-random": Run("language", ABLATION_STEPS, SCALES, "random"),
     "ablation-scratch": Run("untrained", ABLATION_STEPS, SCALES),
 }
 # What the others start from, one after the other. They are not measured.
-BASES = ("language", "words", "reading")
+BASES = ("words", "letters", "coarse", "language")
 
 
 def prepare(folder: Path, seed: int = 0) -> Path:
@@ -109,10 +110,7 @@ def prepare(folder: Path, seed: int = 0) -> Path:
     final = folder / "untrained" / "final"
     if final.exists():
         return final
-    processor = new_processor(train_tokenizer(corpus()))
-    tower = train_vision_tower(
-        folder / "vision", lambda: new_model(processor.tokenizer).model.vision_tower, VISION_ROUNDS, seed
-    )
+    processor, tower = train_tower(folder, seed)
     set_seed(seed)
     model = new_model(processor.tokenizer)
     model.model.vision_tower.load_state_dict(CLIPVisionModel.from_pretrained(tower).state_dict())
@@ -124,6 +122,16 @@ def prepare(folder: Path, seed: int = 0) -> Path:
         model.save_pretrained(partial)
         write_all_but_weights(partial, model.config, processor, model.generation_config, card)
     return final
+
+
+def train_tower(folder: Path, seed: int = 0) -> tuple[M3LlavaProcessor, Path]:
+    """The processor, and the folder of the trained vision tower. Several processes can do this together."""
+    processor = new_processor(train_tokenizer(corpus()))
+
+    def untrained() -> CLIPVisionModel:
+        return new_model(processor.tokenizer).model.vision_tower
+
+    return processor, train_vision_tower(folder / "vision", untrained, VISION_ROUNDS, seed)
 
 
 def train(folder: Path, name: str, seed: int = 0) -> Path:
@@ -141,7 +149,7 @@ def train(folder: Path, name: str, seed: int = 0) -> Path:
             matryoshka_scales=list(run.scales),
             scale_choice=run.scale_choice,
             max_steps=run.steps,
-            per_device_train_batch_size=run.batch,
+            per_device_train_batch_size=run.batch // number_of_processes(),
             learning_rate=run.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=run.steps // 15,
@@ -149,14 +157,21 @@ def train(folder: Path, name: str, seed: int = 0) -> Path:
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
             group_by_modality_length=False,
-            dataloader_num_workers=1,
             logging_steps=10,
+            disable_tqdm=True,
             save_steps=50,
             save_total_limit=1,
             seed=seed,
             report_to=[],
         ),
-        records=Records(run.steps * run.batch, name if name in BASES else "final", run.yes_or_no_first, run.only),
+        optimizer_class=MuonWithAdamW,
+        records=Records(
+            run.steps * run.batch,
+            name if name in BASES else "final",
+            run.yes_or_no_first,
+            run.only,
+            run.repeated_codes,
+        ),
     )
 
 
@@ -185,26 +200,11 @@ def measure(folder: Path, name: str) -> dict:
 
 
 def _start(folder: Path, run: Run) -> Path:
-    """The checkpoint that a run starts from: another run's, where needed with another vision tower or way to sample."""
+    """The checkpoint that a run starts from: another run's, where needed with another way to sample."""
     start = folder / run.start / "final"
-    before = RUNS[run.start].vision_rounds if run.start in RUNS else Run.vision_rounds
-    if run.vision_rounds != before:
-        tower = folder / "vision" / str(run.vision_rounds - 1) / "result"
-        start = _with_tower(start, folder / f"{run.start}-{run.vision_rounds}-rounds", tower)
     if run.sampling != "average":
         start = _with_sampling(start, folder / f"{run.start}-{run.sampling}", run.sampling)
     return start
-
-
-def _with_tower(source: Path, copy: Path, tower: Path) -> Path:
-    """The same checkpoint with another vision tower."""
-    if not copy.exists():
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
-        model.model.vision_tower.load_state_dict(CLIPVisionModel.from_pretrained(tower).state_dict())
-        with new_folder(copy, overwrite=False) as partial:
-            shutil.copytree(source, partial, dirs_exist_ok=True)
-            model.save_pretrained(partial)
-    return copy
 
 
 def _with_sampling(source: Path, copy: Path, sampling: str) -> Path:

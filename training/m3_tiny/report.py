@@ -101,8 +101,8 @@ def text(counts: Counts, plots: str) -> str:
         f"generated pictures of other seeds, whose codes are written in another font ({', '.join(TEST_FONTS)}; training has "
         f"{', '.join(TRAIN_FONTS)}), {counts.questions('m3-tiny', 'code'):,} questions of each kind. Made by:",
         "```bash\npython -m training.m3_tiny m3-tiny-run && python -m training.m3_tiny.report m3-tiny-run/results.json\n```",
-        "The stored checkpoint saw other pictures of the same kind than a repeat draws in the first two rounds of its vision "
-        "tower, whose series then had other names.",
+        "The vision tower of the stored checkpoint saw other scenes of the same kind than a repeat draws: since then the random "
+        "numbers of a scene are drawn in another order.",
         "## By kind of question",
         _table(
             ["Visual tokens", *KINDS],
@@ -114,7 +114,9 @@ def text(counts: Counts, plots: str) -> str:
         + ".",
         "## Against models trained otherwise",
         f"All start from the same model and see the same {_pictures('full'):,} pictures. SS is trained at its one scale. "
-        "*576 only* is trained at 576 tokens alone and pooled without training for it (paper, Table 4)."
+        "*576 only* is trained at 576 tokens alone and pooled without training for it (paper, Table 4). The model that all start "
+        "from was itself trained at 9 tokens, then 144, then 576: what it learned at 9, to name and to compare shapes and colours, "
+        "helps *576 only* there."
         f" Means over the kinds of questions that need no detail ({', '.join(NO_DETAIL)}), then over those that do "
         f"({', '.join(DETAIL_KINDS)}).",
         *(_models(counts, kinds) for kinds in (NO_DETAIL, DETAIL_KINDS)),

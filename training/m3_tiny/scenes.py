@@ -63,8 +63,6 @@ class Element:
     shape: int = 0
     color: int = 0
     small: int = 0
-    character: int = 0
-    slot: int = 0  # which character of its code
 
 
 @dataclass
@@ -74,7 +72,8 @@ class Scene:
     Attributes:
         picture: of any size and shape; its long edge is the view's.
         questions: about the picture, in a fixed order.
-        labels: (view / 14, view / 14, 5) int64, the fields of `Element` at the middle of every patch.
+        labels: (view / 14, view / 14, 7) int64, one class of each of `LABELS` for every patch: the fields of `Element` at its
+            middle, then the first to fourth character of a code, where the patch sees enough of it to tell.
     """
 
     picture: Image.Image
@@ -87,8 +86,7 @@ LABELS = (
     ("shape", len(SHAPES) + 1),
     ("color", len(COLORS) + 1),
     ("small", len(SHAPES) + 2),  # small shapes, and dots
-    ("character", len(CHARACTERS) + 1),
-    ("slot", max(CODE_LENGTHS) + 1),
+    *((f"character {slot + 1}", len(CHARACTERS) + 1) for slot in range(max(CODE_LENGTHS))),
 )
 
 
@@ -125,7 +123,15 @@ def text_scene(seed: int | str, view: int = 336) -> Scene:
     """As many codes as fit, without questions: many characters for the vision tower to learn from."""
     painter = _Painter(random.Random(f"m3-tiny text {seed}"), view, TRAIN_FONTS)
     painter.fill_with_codes()
-    return Scene(painter.picture, labels=_patch_labels(painter.labels, painter.elements))
+    return Scene(painter.picture, labels=_patch_labels(painter.labels, painter.elements, painter.characters))
+
+
+def repeated_code_scene(seed: int | str, view: int = 336) -> Scene:
+    """One code all over the picture, to be read: where every patch knows a part of it, reading is learned in no time."""
+    painter = _Painter(random.Random(f"m3-tiny repeated code {seed}"), view, TRAIN_FONTS)
+    code = painter.random_code()
+    painter.fill_with_codes(code)
+    return Scene(painter.picture, [painter.code_question(code)])
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: Sequence[float], fill: tuple[int, ...] | int) -> None:
@@ -157,10 +163,10 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: Sequence[float], fill
 
 
 class _Code:
-    """A random code and how wide it is in a random font."""
+    """A code and how wide it is in a random font."""
 
-    def __init__(self, rng: random.Random, fonts: Sequence[str], size: float, scale: float):
-        self.code = "".join(rng.choice(CHARACTERS) for _ in range(rng.choice(CODE_LENGTHS)))
+    def __init__(self, code: str, rng: random.Random, fonts: Sequence[str], size: float, scale: float):
+        self.code = code
         self.font = _font(rng.choice(fonts), max(8, round(size * scale)))
         spacing = rng.uniform(0.0, 0.15) * size
         self.advances = [self.font.getlength(character) / scale + spacing for character in self.code]
@@ -185,6 +191,7 @@ class _Painter:
         self.elements = [Element()]
         self.labels = Image.new("L", (view // 2, view // 2))
         self.label_draw = ImageDraw.Draw(self.labels)
+        self.characters = np.zeros((view // PATCH, view // PATCH, max(CODE_LENGTHS)), np.int64)
         self.taken: list[tuple[float, float, float, float]] = []
 
     def paint(self) -> Scene:
@@ -194,7 +201,7 @@ class _Painter:
         box = self._place(edge * rng.uniform(0.75, 1.3) if shape == 1 else edge, edge)
         self._shape(box, Element(shape=shape + 1, color=color + 1))
 
-        text = _Code(rng, self.fonts, self._text_size(), self.scale)
+        text = _Code(self.random_code(), rng, self.fonts, self._text_size(), self.scale)
         self._write(text, *self._place(text.width, text.height)[:2])
         other = rng.choice([name for index, name in enumerate(SHAPES) if index != shape])
         small, small_color = rng.randrange(1, len(SHAPES)), self._color()  # not a circle: dots are
@@ -216,15 +223,21 @@ class _Painter:
             Question("shape", rng.choice(("What is the large shape?", "Which large shape is there?")), name),
             Question("color", rng.choice((f"What color is the large {name}?", "What color is the large shape?")), color_name),
             Question("presence", f"Is there a large {asked}?", "yes" if asked == name else "no"),
-            Question("code", rng.choice(("What does the code say?", "Read the code.")), text.code),
+            self.code_question(text.code),
             Question("count", rng.choice(("How many dots are there?", "Count the dots.")), str(dots)),
             Question("place", f"Where is the small {SHAPES[small]}?", PLACES[row][column]),
             Question("small shape", rng.choice(("What is the small shape?", "Which small shape is there?")), SHAPES[small]),
         ]  # fmt: skip
-        return Scene(self.picture, questions, _patch_labels(self.labels, self.elements))
+        return Scene(self.picture, questions, _patch_labels(self.labels, self.elements, self.characters))
 
-    def fill_with_codes(self) -> None:
-        """Line after line of codes."""
+    def random_code(self) -> str:
+        return "".join(self.rng.choice(CHARACTERS) for _ in range(self.rng.choice(CODE_LENGTHS)))
+
+    def code_question(self, code: str) -> Question:
+        return Question("code", self.rng.choice(("What does the code say?", "Read the code.")), code)
+
+    def fill_with_codes(self, code: str | None = None) -> None:
+        """Line after line of random codes, or of this one."""
         rng = self.rng
         room_x, room_y = self.width / self.scale, self.height / self.scale
         top = rng.uniform(2, 10)
@@ -233,7 +246,7 @@ class _Painter:
             if top + 0.75 * size > room_y - 2:
                 return
             while True:
-                text = _Code(rng, self.fonts, size, self.scale)
+                text = _Code(code or self.random_code(), rng, self.fonts, size, self.scale)
                 if left + text.width > room_x - 2:
                     break
                 self._write(text, left, top)
@@ -250,10 +263,10 @@ class _Painter:
         for slot, (character, advance) in enumerate(zip(text.code, text.advances)):
             at = (left * self.scale, bottom * self.scale)
             self.draw.text(at, character, ink, text.font, anchor="ls")
-            element = Element(color=color + 1, character=CHARACTERS.index(character) + 1, slot=slot + 1)
             box = (left, top, left + advance, bottom)
             self._label(lambda box: self.label_draw.rectangle(box, len(self.elements)), box)
-            self.elements.append(element)
+            self.elements.append(Element(color=color + 1))
+            self._label_character(box, slot, CHARACTERS.index(character) + 1)
             left += advance
 
     def _shape(self, box: tuple[float, ...], element: Element, shape: str | None = None) -> None:
@@ -265,10 +278,8 @@ class _Painter:
         self.elements.append(element)
 
     def _label(self, paint, box: Sequence[float], small: bool = False) -> None:
-        """Paints into the labels, in the padded square. A small thing is marked where a patch's middle will see it."""
-        offset_x = (self.view - self.width / self.scale) / 2
-        offset_y = (self.view - self.height / self.scale) / 2
-        left, top, right, bottom = box[0] + offset_x, box[1] + offset_y, box[2] + offset_x, box[3] + offset_y
+        """Paints into the labels. A small thing is marked where a patch's middle will see it."""
+        left, top, right, bottom = self._in_square(box)
         if small:
             column, row = int((left + right) / 2 // PATCH), int((top + bottom) / 2 // PATCH)
             half = PATCH // 2
@@ -277,6 +288,21 @@ class _Painter:
             )
             return
         paint([left / 2, top / 2, right / 2, bottom / 2])
+
+    def _label_character(self, box: Sequence[float], slot: int, character: int) -> None:
+        """Every patch that holds a fifth of a character is to know it, also where it holds parts of several."""
+        left, top, right, bottom = self._in_square(box)
+        edges = np.arange(self.view // PATCH) * PATCH
+        across = np.clip(np.minimum(right, edges + PATCH) - np.maximum(left, edges), 0, None) / (right - left)
+        down = np.clip(np.minimum(bottom, edges + PATCH) - np.maximum(top, edges), 0, None) / (bottom - top)
+        self.characters[np.outer(down, across) >= 0.2, slot] = character
+
+    def _in_square(self, box: Sequence[float]) -> tuple[float, float, float, float]:
+        """The box in the padded square that the vision tower sees."""
+        offset_x = (self.view - self.width / self.scale) / 2
+        offset_y = (self.view - self.height / self.scale) / 2
+        left, top, right, bottom = box
+        return left + offset_x, top + offset_y, right + offset_x, bottom + offset_y
 
     def _place(self, width: float, height: float, margin: float = 6) -> tuple[float, float, float, float]:
         """A free box of this size; where none is found, one that lies over others."""
@@ -308,9 +334,11 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), size)
 
 
-def _patch_labels(labels: Image.Image, elements: list[Element]) -> np.ndarray:
-    """(rows, columns, 5): what lies at the middle of every patch."""
+def _patch_labels(labels: Image.Image, elements: list[Element], characters: np.ndarray | None = None) -> np.ndarray:
+    """(rows, columns, 7): what lies at the middle of every patch, and the `characters` in it, (rows, columns, 4)."""
     half = PATCH // 2
     indices = np.asarray(labels)[half // 2 :: half, half // 2 :: half]
-    table = np.array([[getattr(element, name) for name, _ in LABELS] for element in elements], np.int64)
-    return table[indices]
+    table = np.array([[element.shape, element.color, element.small] for element in elements], np.int64)
+    if characters is None:
+        characters = np.zeros((*indices.shape, max(CODE_LENGTHS)), np.int64)
+    return np.concatenate([table[indices], characters], axis=-1)

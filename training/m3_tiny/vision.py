@@ -39,11 +39,11 @@ class LabelledScenes(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`pixel_values` (3, view, view), `labels` (view / 14, view / 14, 5), `corner` (2,): where in the grid it is."""
+        """`pixel_values` (3, view, view), `labels` (view / 14, view / 14, 7), `corner` (2,): where in the grid it is."""
         seed = f"{self.name} {self.view} {index}"
         if index % 8 == 0:
             made = low_resolution_scene(seed, self.view)
-        elif index % 8 < 4:
+        elif index % 8 < 3:
             made = scene(seed, view=self.view)
         else:
             made = text_scene(seed, self.view)
@@ -72,7 +72,7 @@ class PatchClassifier(nn.Module):
         Args:
             pixel_values: (b, 3, h, w), h and w at most those of the vision tower.
             corner: (b, 2), row and column of the first patch in the tower's grid.
-            labels: (b, rows, columns, 5).
+            labels: (b, rows, columns, 7).
 
         Returns:
             `logits`, (b, rows * columns, classes of all kinds), and `loss`, the sum over the kinds: of each, the mean

@@ -131,6 +131,7 @@ def test_half_precision_is_the_same_on_loading_and_after(dtype, saved, tmp_path)
         logits = loaded(**inputs).logits
         assert logits.dtype == dtype
         assert torch.equal(logits, cast(**inputs).logits)
+        # What halving the bits costs; that nothing else differs, the line above says to the bit.
         torch.testing.assert_close(logits.float(), reference(**inputs).logits, atol=0.1, rtol=0.1)
     assert loaded.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 4
     loaded.save_pretrained(tmp_path)
@@ -248,6 +249,7 @@ def test_other_attentions_on_a_gpu(implementation, saved):
     )
     with torch.no_grad():
         logits = model(**{name: value.cuda() for name, value in inputs.items()}).logits
+    # What bfloat16 costs: flash attention has no float32.
     torch.testing.assert_close(logits.float().cpu(), reference(**inputs).logits, atol=0.1, rtol=0.1)
 
 

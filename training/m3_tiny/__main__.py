@@ -24,7 +24,7 @@ TOWER = "vision-tower"
 def main(
     folder: Annotated[Path, typer.Argument(help="Where runs and results go. Finished runs found there are kept.")],
     only: Annotated[str | None, typer.Option(help=f"One: {', '.join((TOWER, *RUNS))}.")] = None,
-    processes: Annotated[int, typer.Option(help="Another number gives another, as good, result.", min=1)] = 2,
+    processes: Annotated[int, typer.Option(help="Another number gives another result.", min=1, max=8)] = 2,
 ) -> None:
     """Trains m3-tiny and what it is compared with, and counts the right answers of each."""
     if only == TOWER:

@@ -99,7 +99,7 @@ def text(counts: Counts, plots: str) -> str:
         "All numbers are percentages of questions answered to the letter by greedy decoding, with 95% intervals, on pictures "
         f"that training never saw: the whole test split of easy-vqa ({counts.questions('m3-tiny', EASY_VQA):,} questions), and "
         f"generated pictures of other seeds, whose codes are written in another font ({', '.join(TEST_FONTS)}; training has "
-        f"{', '.join(TRAIN_FONTS)}), {counts.questions('m3-tiny', 'code'):,} questions of each kind. Made by:",
+        f"{', '.join(TRAIN_FONTS)}), {counts.questions('m3-tiny', 'code'):,} questions of each kind. Made, with torch 2.9 or newer, by:",
         "```bash\npython -m training.m3_tiny m3-tiny-run && python -m training.m3_tiny.report m3-tiny-run/results.json\n```",
         "The vision tower of the stored checkpoint saw other scenes of the same kind than a repeat draws: since then the random "
         "numbers of a scene are drawn in another order.",

@@ -40,6 +40,9 @@ def test_torchvision_is_close_before_normalization(name):
         expected = M3LlavaImageProcessorPil(**settings)(image, return_tensors="pt")["pixel_values"]
         actual = M3LlavaImageProcessor(**settings)(image, return_tensors="pt")["pixel_values"]
         assert (actual.int() - expected.int()).abs().max() <= 2
+        # Resizing depends on how the bytes lie in memory: a tensor's channel after channel, a picture's pixel after pixel.
+        tensor = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        assert torch.equal(M3LlavaImageProcessor(**settings)(tensor, return_tensors="pt")["pixel_values"], actual)
 
 
 def test_without_padding_it_is_clips_own_preprocessing():

@@ -264,7 +264,11 @@ class M3LlavaImageProcessor(_Views, TorchvisionBackend):
 
     def _normalized(self, images: list[list[torch.Tensor]], *normalization: Any) -> torch.Tensor:
         """Rescaled and normalized views, (images, most views, c, h, w); zeros after an image's last."""
-        views = self.rescale_and_normalize(torch.stack([view for image in images for view in image]), *normalization)
+        _, _, do_normalize, *_ = normalization
+        views = [view for image in images for view in image]
+        if do_normalize:  # which takes floats: bytes that lie pixel after pixel are slow to put channel after channel
+            views = [view.float() for view in views]
+        views = self.rescale_and_normalize(torch.stack(views), *normalization)
         counts = [len(image) for image in images]
         if len(set(counts)) == 1:
             return views.unflatten(0, (len(counts), counts[0]))

@@ -276,6 +276,7 @@ class M3LlavaImageProcessor(_Views, TorchvisionBackend):
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
+    """The picture, read and in RGB. Raises `ValueError` for a file that PIL cannot decode."""
     try:
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")  # which copies what is RGB already

@@ -84,6 +84,11 @@ def spread(numbers: Sequence[float], digits: int = 2) -> str:
     return f"{middle} ({least} to {most})"
 
 
+def milliseconds(seconds: Sequence[float], digits: int = 0) -> str:
+    """'median (least to most)' of seconds, in thousandths."""
+    return spread([1000 * number for number in seconds], digits)
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """The first column to the left, the others, which are numbers, to the right."""
     lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]

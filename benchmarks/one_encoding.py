@@ -23,7 +23,7 @@ Size = Enum("Size", {name: name for name in SHAPES}, type=str)
 
 def measure(size: str, dtype: str, device: str, new_tokens: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of the encoding, of every answer from it, and of all answers both ways, in turn."""
-    model = random_model(size, getattr(torch, dtype)).to(device)
+    model = random_model(size, getattr(torch, dtype), device=device)
     prompts = {scale: prompt(model, scale) for scale in model.config.visual_token_scales}
     pixels = prompts[1]["pixel_values"]
     texts = {scale: {k: v for k, v in inputs.items() if k != "pixel_values"} for scale, inputs in prompts.items()}

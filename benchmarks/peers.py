@@ -27,8 +27,8 @@ from transformers import (
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
 from modeling_m3.generation_m3 import CACHE_NAME
 
-from .measure import in_turn, markdown_table, save, spread
-from .random_checkpoint import SHAPES, prompt, random_config
+from .measure import in_turn, markdown_table, milliseconds, save, spread
+from .random_checkpoint import SHAPES, build, prompt, random_config
 
 
 # Ours may take at most this much of the time of transformers' own class, as the issue of this measurement demands.
@@ -63,12 +63,6 @@ def as_kind(config: M3LlavaConfig, kind: str) -> M3LlavaConfig:
         patch_merge_type="spatial_unpad",
         image_grid_pinpoints=[[rows * tile, columns * tile] for rows, columns in GRIDS],
     )
-
-
-def build(config: M3LlavaConfig, dtype: torch.dtype, device: str) -> M3LlavaForConditionalGeneration:
-    """Our model, weights random but the same in every run."""
-    torch.manual_seed(0)
-    return M3LlavaForConditionalGeneration(config).to(dtype).eval().to(device)
 
 
 def twin(model: M3LlavaForConditionalGeneration) -> nn.Module:
@@ -198,7 +192,7 @@ def table(result: dict[str, Any]) -> str:
     rows = []
     for bar, values in result["seconds"].items():
         rounds = [a / b for a, b in zip(values["M3"], values["transformers"])]
-        cells = [spread([1000 * number for number in values[name]], 1) for name in CLASSES]
+        cells = [milliseconds(values[name], 1) for name in CLASSES]
         rows.append([bar, *cells, f"{result['ratios'][bar]:.3f}", spread(rounds, 3), f"{result['bars'][bar]:.2f}"])
     header = ["", *(f"{name}, ms" for name in CLASSES), "ratio of medians", "ratios of rounds", "at most"]
     tokens = result["tokens"]

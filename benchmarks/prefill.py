@@ -20,7 +20,7 @@ from transformers import AutoProcessor
 
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration, default_checkpoint
 
-from .measure import in_turn, markdown_table, save, spread
+from .measure import in_turn, markdown_table, milliseconds, save
 from .random_checkpoint import SHAPES, prompt, random_model
 
 
@@ -70,7 +70,7 @@ def measure(size: str, dtype: str, batch: int, text: int, repeats: int, device: 
         repeats: measurements of each.
         device: to run on.
     """
-    model = random_model(size, getattr(torch, dtype)).to(device)
+    model = random_model(size, getattr(torch, dtype), device=device)
     processor = AutoProcessor.from_pretrained(default_checkpoint(), backend="pil")
     model.config.image_token_id = processor.image_token_id
     picture = Image.effect_mandelbrot((640, 480), (-2, -1.5, 1, 1.5), 100).convert("RGB")
@@ -121,17 +121,23 @@ def case_table(case: dict[str, Any]) -> str:
     rows = []
     for row, (time, flops) in zip(case["scales"], relative(case)):
         rows.append(
-            [row["visual_tokens"], f"{row['flops'] / 1e12:.2f}", spread(row["prefill"]), f"{time:.3f}", f"{flops:.3f}"]
-            + [f"{time / flops:.2f}", spread(row["first_token"])]
+            [
+                row["visual_tokens"],
+                f"{row['flops'] / 1e12:.2f}",
+                milliseconds(row["prefill"]),
+                f"{time:.3f}",
+                f"{flops:.3f}",
+            ]
+            + [f"{time / flops:.2f}", milliseconds(row["first_token"])]
         )
     header = [
         "visual tokens",
         "TFLOPs",
-        "prefill, s",
+        "prefill, ms",
         "of the finest",
         "FLOPs of the finest",
         "ratio",
-        "first token, s",
+        "first token, ms",
     ]
     return (
         f"{case['size']}, {case['parameters'] / 1e9:.2f} B parameters, {case['dtype']}, batch {case['batch']}, "

@@ -42,10 +42,16 @@ def random_config(size: str, cut_into_tiles: bool = False) -> M3LlavaConfig:
 
 
 def random_model(
-    size: str, dtype: torch.dtype = torch.float32, cut_into_tiles: bool = False
+    size: str, dtype: torch.dtype = torch.float32, cut_into_tiles: bool = False, device: str = "cpu"
 ) -> M3LlavaForConditionalGeneration:
+    return build(random_config(size, cut_into_tiles), dtype, device)
+
+
+def build(config: M3LlavaConfig, dtype: torch.dtype, device: str) -> M3LlavaForConditionalGeneration:
+    """Weights are random but the same in every run on that kind of device, where they are made."""
     torch.manual_seed(0)
-    return M3LlavaForConditionalGeneration(random_config(size, cut_into_tiles)).to(dtype).eval()
+    with torch.device(device):
+        return M3LlavaForConditionalGeneration(config).to(dtype).eval()
 
 
 def save_random_checkpoint(size: str, folder: Path) -> None:

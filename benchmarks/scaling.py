@@ -103,7 +103,7 @@ def models(size: str, dtype: str, device: str, sweeps: Iterable[str]):
         cut = SWEEPS[name][1]
         if made is None or cut != (made.config.image_grid_pinpoints is not None):
             made = None  # the old one's memory is free before the new one takes some
-            made = random_model(size, getattr(torch, dtype), cut).to(device)
+            made = random_model(size, getattr(torch, dtype), cut, device)
         yield name, made
 
 

@@ -240,12 +240,18 @@ def test_auto_spreads_over_gpu_cpu_and_disk(saved, tmp_path):
 
 @needs_gpu
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
-def test_other_attentions_on_a_gpu(implementation, saved):
+def test_other_attentions_on_a_gpu(implementation, tmp_path):
     if implementation == "flash_attention_2":
         pytest.importorskip("flash_attn")
-    reference, folder, inputs = saved
+    heads_of_16 = {  # flex attention has no kernels for smaller ones
+        "vision_config": {"num_attention_heads": 1},
+        "text_config": {"num_attention_heads": 2, "num_key_value_heads": 1},
+    }
+    reference = tiny_model(**ANYRES, **heads_of_16)
+    reference.save_pretrained(tmp_path)
+    inputs = anyres_inputs(reference)
     model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.bfloat16, device_map="cuda", attn_implementation=implementation
+        tmp_path, dtype=torch.bfloat16, device_map="cuda", attn_implementation=implementation
     )
     with torch.no_grad():
         logits = model(**{name: value.cuda() for name, value in inputs.items()}).logits

@@ -210,7 +210,7 @@ def test_quantized_weights_are_not_converted_again(tmp_path, capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantized_on_a_gpu(kind, converted, tmp_path):
-    """Quantized there, saved and loaded again there; and the folder made on the CPU answers there too."""
+    """Quantized there, saved and loaded again there."""
     model = AutoModelForImageTextToText.from_pretrained(
         converted["llava15-m3"],
         quantization_config=BitsAndBytesConfig(**KINDS[kind][0]),
@@ -223,6 +223,16 @@ def test_quantized_on_a_gpu(kind, converted, tmp_path):
         model.save_pretrained(tmp_path / "saved")
         reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", device_map="cuda")
         assert torch.equal(reloaded(ids).logits, logits)
-        convert(GOLDENS / "llava15-m3", tmp_path / "new", quantize=kind, dtype=torch.float16)
-        made_on_cpu = AutoModelForImageTextToText.from_pretrained(tmp_path / "new", device_map="cuda")
-        torch.testing.assert_close(made_on_cpu(ids).logits, logits, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_folder_quantized_on_the_cpu_answers_as_well_on_a_gpu(tmp_path):
+    """The same 4-bit codes in float32; a GPU that quantizes the weights itself picks another code for a few of them."""
+    convert(GOLDENS / "llava15-m3", tmp_path / "new", quantize="nf4", dtype=torch.float32)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        on_cpu, on_gpu = (
+            AutoModelForImageTextToText.from_pretrained(tmp_path / "new", device_map=device)(ids.to(device)).logits
+            for device in ("cpu", "cuda")
+        )
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-3, rtol=1e-3)

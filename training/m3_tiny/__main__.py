@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from .recipe import BASES, RUNS, measure, prepare, train, train_tower
@@ -24,7 +25,10 @@ TOWER = "vision-tower"
 def main(
     folder: Annotated[Path, typer.Argument(help="Where runs and results go. Finished runs found there are kept.")],
     only: Annotated[str | None, typer.Option(help=f"One: {', '.join((TOWER, *RUNS))}.")] = None,
-    processes: Annotated[int, typer.Option(help="Another number gives another result.", min=1, max=8)] = 2,
+    processes: Annotated[
+        int | None,
+        typer.Option(help="One for every GPU, or 2, by default. Another number gives another result.", min=1),
+    ] = None,
 ) -> None:
     """Trains m3-tiny and what it is compared with, and counts the right answers of each."""
     if only == TOWER:
@@ -36,7 +40,7 @@ def main(
     elif only is not None:
         raise typer.BadParameter(f"{only} is none of {', '.join((TOWER, *RUNS))}", param_hint="--only")
     else:
-        _all(folder, processes)
+        _all(folder, processes or torch.cuda.device_count() or 2)
 
 
 def _all(folder: Path, processes: int) -> None:

@@ -25,7 +25,7 @@ IS_THERE_NOT = (
 
 
 class Records(Sequence):
-    """Conversations about pictures, in LLaVA's format but with the picture itself: every third is of easy-vqa.
+    """Conversations about pictures, in LLaVA's format but with the picture itself, of scenes and of easy-vqa.
 
     Record `index` is always the same; the order of its questions too.
 
@@ -36,6 +36,7 @@ class Records(Sequence):
             they can be answered by what was said before, without the picture. Either answer is as likely as the other.
         only: where given, the kinds of questions about a scene.
         repeated_codes: the share of scenes that are one code all over, to be read.
+        easy_vqa_every: every how many records one is of easy-vqa.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class Records(Sequence):
         yes_or_no_first: float = 0.0,
         only: Sequence[str] = (),
         repeated_codes: float = 0.0,
+        easy_vqa_every: int = 3,
     ):
-        self.length, self.name = length, name
+        self.length, self.name, self.easy_vqa_every = length, name, easy_vqa_every
         self.yes_or_no_first, self.only, self.repeated_codes = yes_or_no_first, only, repeated_codes
 
     def __len__(self) -> int:
@@ -56,7 +58,7 @@ class Records(Sequence):
         if not 0 <= index < self.length:
             raise IndexError(index)
         rng = random.Random(f"{self.name} {index}")
-        if index % 3 == 0:
+        if index % self.easy_vqa_every == 0:
             pictures = easy_vqa_pictures("train")
             picture, questions = pictures[sorted(pictures)[rng.randrange(len(pictures))]]
             picture = Image.open(picture).convert("RGB")

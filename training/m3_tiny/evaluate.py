@@ -71,7 +71,7 @@ def evaluate(
         questions = [asked for _, asked in batch]
         kinds += [question.kind for asked in questions for question in asked]
         pixel_values = processor.image_processor([picture for picture, _ in batch], return_tensors="pt")["pixel_values"]
-        encoded = model.encode_images(pixel_values)
+        encoded = model.encode_images(pixel_values.to(model.device))
         finest = None
         for sampling in samplings:
             columns = []
@@ -105,10 +105,11 @@ def _answered(
     for row, layout in enumerate(layouts):
         for name, target in (("ids", ids), ("positions", positions), ("labels", labels), ("groups", groups)):
             target[row, : len(layout[name])] = torch.tensor(layout[name])
+    ids, positions, labels, groups = (tensor.to(model.device) for tensor in (ids, positions, labels, groups))
     # Group 0, the prefix, is seen by all that follow; any other group by itself alone. Padding sees itself.
     same = groups[:, :, None] == groups[:, None, :]
-    allowed = (same | (groups[:, None, :] == 0)) & torch.ones(length, length, dtype=torch.bool).tril()
-    mask = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill(~allowed, torch.finfo(model.dtype).min)
+    allowed = (same | (groups[:, None, :] == 0)) & torch.ones_like(same[0]).tril()
+    mask = torch.zeros_like(allowed, dtype=model.dtype).masked_fill(~allowed, torch.finfo(model.dtype).min)
     embeds = model.get_input_embeddings()(ids)
     embeds[ids == processor.image_token_id] = torch.cat(features).to(embeds.dtype)
     hidden = model.model.language_model(

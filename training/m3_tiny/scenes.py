@@ -41,7 +41,19 @@ PLACES = tuple(
 )
 
 # Fonts that matplotlib ships, so that the pictures are the same on every machine.
-TRAIN_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "cmr10", "cmtt10")
+TRAIN_FONTS = (
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "STIXGeneral",
+    "STIXGeneralBol",
+    "cmb10",
+    "cmr10",
+    "cmtt10",
+)
 TEST_FONTS = ("cmss10",)  # Computer Modern Sans: no training picture has it
 
 # Kinds of questions, by what they need.

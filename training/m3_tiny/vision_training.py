@@ -51,11 +51,17 @@ def number_of_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def number_of_workers() -> int:
+    """Processes that draw pictures: beside a GPU they are what takes the time, on a CPU they would be in its way."""
+    return 8 if torch.cuda.is_available() else 0
+
+
 def _run(model: PatchClassifier, settings: Round, folder: Path, dataset: LabelledScenes, seed: int) -> None:
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         seed=seed,
         use_cpu=not torch.cuda.is_available(),
+        dataloader_num_workers=number_of_workers(),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch // number_of_processes(),
         ddp_find_unused_parameters=True,  # the tower's last norm, of its pooled output alone

@@ -72,7 +72,7 @@ def test_ratios_are_those_of_medians():
     ]
     case = {"scales": scales, "size": "tiny", "parameters": 1, "dtype": "float32", "batch": 1, "text_tokens": 31}
     assert prefill.relative(case) == [(1.0, 1.0), (0.25, 0.2)]
-    assert "| 1 | 0.00 | 0.50 (0.40 to 0.60) | 0.250 | 0.200 | 1.25 |" in prefill.table({"cases": [case]})
+    assert "| 1 | 0.00 | 500 (400 to 600) | 0.250 | 0.200 | 1.25 |" in prefill.table({"cases": [case]})
 
 
 def test_scaling_grows_one_thing_at_a_time(tmp_path):

@@ -1,8 +1,11 @@
 """What the tests share: the goldens, folders converted from them, and a model small enough to build in a blink."""
 
+import same_environment  # noqa: F401  # isort: skip - before torch reads it
 import json
 import os
+import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,27 @@ from PIL import Image
 from safetensors.torch import load_file
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 GOLDENS = Path(__file__).parent / "fixtures" / "goldens"
 CHECKPOINTS = ("llava15-m3", "llava-next-m3")
+
+
+def torchvision_operators() -> torch.library.Library | None:
+    """Lets PyPI's torchvision, a build for GPUs, be imported beside a build of torch for CPUs.
+
+    It cannot load its own operators there, and refuses to be imported unless those that it describes to torch exist. None is
+    used to prepare images.
+    """
+    try:
+        torch.ops.load_library(Path(find_spec("torchvision").origin).with_name("_C.so"))
+        return None
+    except OSError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+
+
+OPERATORS = torchvision_operators() if find_spec("torchvision") else None  # kept: what it declares goes with it
 
 
 @cache
@@ -27,6 +47,11 @@ def golden(name: str) -> dict[str, Any]:
 @cache
 def golden_tensors(name: str) -> dict[str, torch.Tensor]:
     return load_file(GOLDENS / "expected" / f"{name}.safetensors")
+
+
+def commands_on_path() -> str:
+    """A `PATH` on which the commands of this environment come first, as where it is activated."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
 def picture(name: str) -> Image.Image:
@@ -46,7 +71,7 @@ def golden_cases(*prefixes: str) -> list:
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The golden checkpoints, converted once for all tests. Read-only by agreement."""
-    from conversion.convert import convert
+    from m3_conversion.convert import convert
 
     folder = tmp_path_factory.mktemp("converted")
     for name in CHECKPOINTS:
@@ -68,6 +93,19 @@ def loaded(converted: dict[str, Path]) -> dict[str, tuple]:
         )
         for name, folder in converted.items()
     }
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's project that has a package of each name that this repository's folders have."""
+    project = tmp_path_factory.mktemp("project")
+    repository = Path(__file__).parent.parent
+    names = {folder.name for folder in repository.iterdir() if folder.is_dir() and folder.name.isidentifier()}
+    assert {"conversion", "training", "model_cards", "benchmarks", "tests"} <= names
+    for name in names - {"modeling_m3"}:
+        (project / name).mkdir()
+        (project / name / "__init__.py").write_text(f"raise ImportError('not our {name}, but the user s')")
+    return project
 
 
 def tiny_config(**overrides: Any):

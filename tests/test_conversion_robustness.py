@@ -24,8 +24,8 @@ from conversion_checkpoints import (
 )
 from safetensors.torch import load_file, save_file
 
-from conversion.convert import convert
-from conversion.original import ConversionError
+from m3_conversion.convert import convert
+from m3_conversion.original import ConversionError
 
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -312,7 +312,7 @@ def test_failed_overwrite_keeps_the_old_folder(tmp_path, capsys):
 
 def test_weights_that_shrink_while_they_are_read(tmp_path):
     """A header can be read, but the values that it promises are gone by the time they are copied."""
-    from conversion.original import stored_tensors
+    from m3_conversion.original import stored_tensors
 
     save_file({"a": torch.ones(1000, 1000)}, tmp_path / "model.safetensors")
     tensor = stored_tensors(tmp_path)["a"]
@@ -331,9 +331,19 @@ def test_leftovers_of_a_killed_run(tmp_path, capsys):
 def start(script: str, *arguments: object, **options) -> subprocess.Popen:
     """A Python process that can import the code under test and has the command's arguments."""
     paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-    setup = f"import sys; sys.path[:0] = {paths}\nfrom conversion.__main__ import main\nimport conversion.convert\n"
+    setup = (
+        f"import sys; sys.path[:0] = {paths}\nfrom m3_conversion.__main__ import main\nimport m3_conversion.convert\n"
+    )
     command = [sys.executable, "-c", setup + script, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_take_signals, **options
+    )
+
+
+def _take_signals() -> None:
+    """As in a shell's foreground: a job in the background ignores SIGINT, and so would what it starts."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def test_full_disk(tmp_path):
@@ -377,7 +387,7 @@ def test_disk_that_fills_up_after_the_weights(tmp_path, monkeypatch, capsys):
 # Slow writing, so that a signal finds the command at it.
 SLOW = """
 import time
-import conversion.writer as writer
+import m3_conversion.writer as writer
 write = writer._write_tensor
 def slow(*arguments):
     time.sleep(0.005)
@@ -464,7 +474,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
 import resource
 import bitsandbytes
 from pathlib import Path
-from conversion.tokenizer import build_tokenizer
+from m3_conversion.tokenizer import build_tokenizer
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 small, large, folder = sys.argv[1:]
 assert main([small, f"{folder}/small"]) == 0

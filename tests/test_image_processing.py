@@ -16,8 +16,11 @@ from modeling_m3 import M3LlavaImageProcessor, M3LlavaImageProcessorPil
 
 PINPOINTS = [[672, 336], [336, 672], [672, 672], [336, 1008], [1008, 336]]
 SETTINGS = {"llava15-m3": {"do_pad": True}, "llava-next-m3": {"do_pad": False, "image_grid_pinpoints": PINPOINTS}}
-needs_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
-BACKENDS = [M3LlavaImageProcessorPil, pytest.param(M3LlavaImageProcessor, marks=needs_torchvision)]
+NEEDS_TORCHVISION = [
+    pytest.mark.torchvision,
+    pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed"),
+]
+BACKENDS = [M3LlavaImageProcessorPil, pytest.param(M3LlavaImageProcessor, marks=NEEDS_TORCHVISION)]
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -31,7 +34,8 @@ def test_pixels_equal_the_original_to_the_last_bit(name):
         assert hashlib.sha256(np.ascontiguousarray(pixel_values).tobytes()).hexdigest() == case["sha256_f32"]
 
 
-@needs_torchvision
+@pytest.mark.torchvision
+@pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_torchvision_is_close_before_normalization(name):
     settings = {**SETTINGS[name], "do_rescale": False, "do_normalize": False}

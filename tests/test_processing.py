@@ -46,6 +46,8 @@ MODELS = {
     for merge_type in MERGE_TYPES
 }
 MODELS["one view"] = M3LlavaModel(tiny_config()).eval()
+PROCESSORS = {merge_type: tiny_processor(merge_type, PINPOINTS) for merge_type in MERGE_TYPES}
+PROCESSORS["one view"] = tiny_processor()
 
 
 @settings(max_examples=2000, deadline=None)
@@ -59,7 +61,7 @@ MODELS["one view"] = M3LlavaModel(tiny_config()).eval()
     pinpoints=st.one_of(st.none(), st.lists(st.sampled_from(PINPOINTS), min_size=1, unique_by=tuple)),
 )
 def test_placeholders_equal_features_for_every_picture(size, scale, kind, pinpoints):
-    processor = tiny_processor("flat" if kind == "one view" else kind, None if kind == "one view" else PINPOINTS)
+    processor = PROCESSORS[kind]
     inputs = processor(
         images=Image.new("RGB", size[::-1]),
         text="look <image> .",

@@ -1,0 +1,51 @@
+"""CI's frame of stages: what fails, is skipped or takes too long is told at the end, and only a skip is forgiven."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+STAGES = Path(__file__).parent.parent / ".ci" / "stages.sh"
+
+
+def run(stages, tmp_path):
+    script = f"""
+    set -euo pipefail
+    work={tmp_path}; export work
+    source {STAGES}
+    minute=1
+    good() {{ echo fine; }}
+    bad() {{ false; echo never; }}
+    slow() {{ sleep 20; }}
+    lacking() {{ needs ls /no/such/package; echo never; }}
+    export -f good bad slow lacking
+    {stages}
+    summary
+    """
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("stages", "status", "counts", "notice"),
+    [
+        ("stage a good; stage b good 5", 0, "2 passed, 0 failed, 0 skipped", ""),
+        ("stage a bad; stage b good", 1, "1 passed, 1 failed, 0 skipped", "FAILED a: status 1"),
+        ("stage a good; stage b slow 1", 1, "1 passed, 1 failed, 0 skipped", "FAILED b: not done after 1 minutes"),
+        ("stage a lacking 1; stage b good", 0, "1 passed, 0 failed, 1 skipped", "SKIPPED a: .* `ls /no/such/package`"),
+    ],
+)  # fmt: skip
+def test_what_is_told(stages, status, counts, notice, tmp_path):
+    result = run(stages, tmp_path)
+    assert result.returncode == status, result.stderr
+    assert "never" not in result.stdout
+    *_, told, closing = result.stdout.splitlines()
+    assert closing == f"stages: {counts}"
+    assert re.match(notice, told)
+
+
+def test_slots_are_limited(tmp_path):
+    result = run("stage a good 20; stage b good 20", tmp_path)
+    assert result.returncode == 2
+    assert "The slots of b and the stages before it are 40 minutes" in result.stderr

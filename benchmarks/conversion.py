@@ -96,7 +96,15 @@ def convert(original: Original, destination: Path) -> dict[str, int]:
     Raises:
         RuntimeError: the command failed, with what it said.
     """
-    command = [sys.executable, "-m", "conversion", original.checkpoint, destination, "--vision-tower", original.tower]
+    command = [
+        sys.executable,
+        "-m",
+        "m3_conversion",
+        original.checkpoint,
+        destination,
+        "--vision-tower",
+        original.tower,
+    ]
     with subprocess.Popen(
         command, cwd=_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:  # a path is absolute, so that it means the same there

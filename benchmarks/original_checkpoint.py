@@ -22,7 +22,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import CLIPVisionConfig
 
-from conversion.mapping import CHECKPOINT_KEYS, CLIP_KEYS, remap_key
+from m3_conversion.mapping import CHECKPOINT_KEYS, CLIP_KEYS, remap_key
 
 from .random_checkpoint import SHAPES, random_config
 

@@ -11,9 +11,9 @@ import torch
 import typer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from m3_training.m3_tiny.data import held_out_easy_vqa, held_out_scenes
+from m3_training.m3_tiny.evaluate import evaluate
 from modeling_m3 import default_checkpoint
-from training.m3_tiny.data import held_out_easy_vqa, held_out_scenes
-from training.m3_tiny.evaluate import evaluate
 
 from .measure import markdown_table, save
 from .quantization import VARIANTS

@@ -1,1 +1,1 @@
-"""Original LLaVA and M3 checkpoints to folders that transformers loads: `python -m conversion SRC DST`."""
+"""Original LLaVA and M3 checkpoints to folders that transformers loads: `m3-convert SRC DST`."""

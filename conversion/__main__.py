@@ -1,4 +1,4 @@
-"""The command `python -m conversion SRC DST`, installed as `m3-convert`."""
+"""The command `m3-convert SRC DST`; from a checkout, `python -m conversion` too."""
 
 import logging
 import re
@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +20,16 @@ READ_AHEAD_BYTES = 4_000_000_000  # what a disk gives while torch and transforme
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def print_version(asked: bool) -> None:
+    """Prints the version and ends, where asked to."""
+    if asked:
+        print(f"m3-hf {version('m3-hf')}")
+        raise typer.Exit
+
+
+VERSION = typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,6 +90,7 @@ def convert(
     private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST where it exists.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where something is wrong.")] = False,
+    show_version: Annotated[bool, VERSION] = False,
 ) -> None:
     """Convert an original LLaVA or M3 checkpoint to a folder that transformers loads and the Hub takes."""
     if private and push_to_hub is None:
@@ -141,7 +153,7 @@ def _read_ahead(folder: Path) -> None:
 def _show_notices() -> None:
     notices = logging.StreamHandler()
     notices.setFormatter(logging.Formatter("m3-convert: %(message)s"))
-    logger = logging.getLogger("conversion")
+    logger = logging.getLogger(__package__)
     logger.handlers, logger.propagate = [notices], False
     logger.setLevel(logging.INFO)
 

@@ -86,7 +86,7 @@ def model_card(
 
 
 def _model_cards() -> Any:
-    return files("model_cards")
+    return files(__package__.replace("conversion", "model_cards"))  # beside this one, m3_* where both are installed
 
 
 def _known_card(name: str) -> ModelCard | None:

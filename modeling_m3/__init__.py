@@ -16,6 +16,8 @@ from .modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaModel, M3LlavaP
 from .processing_m3 import M3LlavaProcessor
 
 
+__version__ = "0.1.0"
+
 # What travels with a checkpoint, next to its weights.
 REMOTE_CODE_FILES = (
     "configuration_m3.py",
@@ -40,8 +42,20 @@ AutoImageProcessor.register(
 
 
 def default_checkpoint() -> Path:
-    """The folder of m3-tiny, a small trained checkpoint that ships with the package: `model_cards/m3-tiny.md`."""
-    return Path(__file__).with_name("m3_tiny")
+    """The folder of m3-tiny, a small trained checkpoint that ships with the package: `model_cards/m3-tiny.md`.
+
+    Raises:
+        OSError: git wrote the links to its code as texts.
+    """
+    folder = Path(__file__).with_name("m3_tiny")
+    for name in REMOTE_CODE_FILES:
+        if (folder / name).read_text(encoding="utf-8").strip() == f"../{name}":
+            raise OSError(
+                f"{folder / name} should be a link, but git wrote it as a text, as it does where it may make no links. Allow "
+                "them (on Windows: Developer Mode), then run `git config core.symlinks true` and `git checkout -- "
+                "modeling_m3/m3_tiny` in the clone, and install it again if it was installed."
+            )
+    return folder
 
 
 __all__ = [
@@ -53,5 +67,6 @@ __all__ = [
     "M3LlavaModel",
     "M3LlavaPreTrainedModel",
     "M3LlavaProcessor",
+    "__version__",
     "default_checkpoint",
 ]

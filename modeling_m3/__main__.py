@@ -42,13 +42,20 @@ class _Answer(TextStreamer):
             print(text, end="\n" if stream_end else "", flush=True)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"m3-hf {modeling_m3.__version__}")
+        raise typer.Exit
+
+
 @app.command()
 def ask(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The picture.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask about it.")],
     model: Annotated[
-        str, typer.Option(help="An M3 checkpoint: a folder, or an id on the Hub.", show_default="m3-tiny, a small one")
-    ] = str(modeling_m3.default_checkpoint()),
+        str | None,
+        typer.Option(help="An M3 checkpoint: a folder, or an id on the Hub. m3-tiny, a small one, by default."),
+    ] = None,
     num_visual_tokens: Annotated[
         int | None,
         typer.Option(help="Visual tokens the picture may cost, per tile. The checkpoint's default if left out."),
@@ -59,12 +66,24 @@ def ask(
         str | None, typer.Option(help="Where to run: cpu, cuda, ..., auto for all there are. The GPU if there is one.")
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
 ) -> None:
     """Answers a question about a picture, at the number of visual tokens you choose."""
     if compare and num_visual_tokens is not None:
         raise typer.BadParameter("--compare answers at every number of visual tokens: leave --num-visual-tokens out")
     try:
-        _ask(image, prompt, model, num_visual_tokens, compare, max_new_tokens, device)
+        _ask(
+            image,
+            prompt,
+            model or str(modeling_m3.default_checkpoint()),
+            num_visual_tokens,
+            compare,
+            max_new_tokens,
+            device,
+        )
     except (ValueError, OSError, SafetensorError) as error:
         if debug:
             raise
@@ -157,9 +176,7 @@ def _check_checkpoint(name: str) -> None:
     if config.get("model_type") != modeling_m3.M3LlavaConfig.model_type:
         hint = ""
         if "mm_vision_tower" in config:
-            hint = (
-                f" It is an original LLaVA checkpoint; convert it first: python -m conversion {name} {folder.name}-hf"
-            )
+            hint = f" It is an original LLaVA checkpoint; convert it first: m3-convert {name} {folder.name}-hf"
         raise ValueError(f"{name} is not an M3 checkpoint: its model_type is {config.get('model_type')!r}.{hint}")
 
 

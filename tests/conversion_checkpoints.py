@@ -9,7 +9,7 @@ import torch
 from conftest import GOLDENS
 from safetensors.torch import load_file, save_file
 
-from conversion.__main__ import main
+from m3_conversion.__main__ import main
 
 
 CLIP = "openai/clip-vit-tiny-patch14-336"

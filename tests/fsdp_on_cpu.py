@@ -1,11 +1,11 @@
-"""`training.finetune` under FSDP on processes without a GPU, where accelerate reads the settings and then takes DDP."""
+"""`m3-train` under FSDP on processes without a GPU, where accelerate reads the settings and then takes DDP."""
 
 import sys
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from training.finetune import main
+from m3_training.finetune import main
 
 
 original = AcceleratorState.__init__

@@ -65,7 +65,7 @@ def test_what_is_wrong_is_said_in_one_line(arguments, message, converted):
 
 
 @pytest.mark.parametrize(("model", "message"), [
-    (GOLDENS / "llava15-m3", "original LLaVA checkpoint; convert it first: python -m conversion"),
+    (GOLDENS / "llava15-m3", "original LLaVA checkpoint; convert it first: m3-convert"),
     (GOLDENS / "images", "no config.json"),
     (GOLDENS / "openai" / "clip-vit-tiny-patch14-336", "its model_type is 'clip'"),
     ("./nothing", "There is no folder ./nothing"),

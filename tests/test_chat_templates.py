@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from jinja2.exceptions import TemplateError
 
-from conversion.chat_templates import CHAT_TEMPLATES, choose_chat_template
-from conversion.tokenizer import build_tokenizer
+from m3_conversion.chat_templates import CHAT_TEMPLATES, choose_chat_template
+from m3_conversion.tokenizer import build_tokenizer
 
 
 GOLDENS = Path(__file__).parent / "fixtures" / "goldens"

@@ -26,10 +26,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, GenerationConfig
 
 from benchmarks.measure import memory
-from conversion.convert import convert
-from conversion.mapping import CHECKPOINT_KEYS, CLIP_KEYS, original_keys, remap_key, translate_config
-from conversion.original import ConversionError, file_tensors
-from conversion.vision import BUILT_IN_CONFIG, find_vision_tower
+from m3_conversion.convert import convert
+from m3_conversion.mapping import CHECKPOINT_KEYS, CLIP_KEYS, original_keys, remap_key, translate_config
+from m3_conversion.original import ConversionError, file_tensors
+from m3_conversion.vision import BUILT_IN_CONFIG, find_vision_tower
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
 
 
@@ -210,7 +210,7 @@ class TestVisionTower:
     def test_frozen(self, setting, tmp_path, caplog):
         source = copy_golden("llava15-m3", tmp_path)
         edit_json(source / "config.json", unfreeze_mm_vision_tower=setting)
-        logging.getLogger("conversion").propagate = True
+        logging.getLogger("m3_conversion").propagate = True
         with caplog.at_level(logging.INFO):
             convert(source, tmp_path / "new")
         self.assert_vision(tmp_path / "new", tmp_path / CLIP, "vision_model.")

@@ -4,7 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from importlib.resources import files
 
 import pytest
 from conftest import GOLDENS
@@ -12,9 +12,8 @@ from conversion_checkpoints import CLIP, copy_golden, edit_json, read_weights, r
 from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText
 
-import model_cards
-from conversion.convert import convert
-from conversion.original import ConversionError
+from m3_conversion.convert import convert
+from m3_conversion.original import ConversionError
 
 
 class TestCommand:
@@ -64,7 +63,7 @@ class TestCommand:
                 shutil.copy(file, local)
             return str(local)
 
-        monkeypatch.setattr("conversion.original.snapshot_download", download)
+        monkeypatch.setattr("m3_conversion.original.snapshot_download", download)
         monkeypatch.chdir(tmp_path)
         assert run("someone/some-llava", tmp_path / "new", "--vision-tower", str(tmp_path / CLIP)) == 0
         assert ModelCard.load(tmp_path / "new" / "README.md").data.base_model == "someone/some-llava"
@@ -75,7 +74,7 @@ class TestCommand:
         """It needs neither torch nor transformers."""
         code = """
 import sys
-from conversion.__main__ import main
+from m3_conversion.__main__ import main
 main(["--help"])
 print(sorted({"torch", "transformers"} & set(sys.modules)))
 """
@@ -108,7 +107,7 @@ class TestCard:
         convert(GOLDENS / "llava15-m3", tmp_path / "new", model_id=model_id)
         data = ModelCard.load(tmp_path / "new" / "README.md").data
         assert (data.base_model, data.license) == (model_id, "llama2")
-        stored = ModelCard.load(Path(model_cards.__file__).with_name(f"{model_id.split('/')[1]}.md")).data
+        stored = ModelCard.load(files("m3_model_cards").joinpath(f"{model_id.split('/')[1]}.md")).data
         for eval_results in (data.eval_results, stored.eval_results):
             results = {(r.dataset_name, r.metric_args["num_visual_tokens"]): r.metric_value for r in eval_results}
             assert len(eval_results) == len(results) == numbers

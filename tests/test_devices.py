@@ -263,7 +263,7 @@ def test_m3_ask_on_devices(tmp_path):
     """It takes `auto` as it takes `cpu`, and says in one line where it cannot run."""
     from typer.testing import CliRunner
 
-    from conversion.convert import convert
+    from m3_conversion.convert import convert
     from modeling_m3.__main__ import app
 
     convert(GOLDENS / "llava15-m3", tmp_path / "new")

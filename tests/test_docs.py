@@ -1,10 +1,9 @@
 """The pages under docs/ are run as written, in their order: Python blocks and commands, but for those that install."""
 
-import os
 import re
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import pytest
 from conftest import CHECKPOINTS
 
 import modeling_m3.__main__
-from conversion.__main__ import main as convert
+from m3_conversion.__main__ import main as convert
+from m3_training.finetune import main as train
 
 
 REPOSITORY = Path(__file__).parent.parent
@@ -38,10 +38,14 @@ def test_what_a_page_shows_runs(page, converted, tmp_path, monkeypatch):
             program, *arguments = shlex.split(command)
             if program == "m3-convert":
                 assert convert(arguments) == 0, command
+            elif program == "m3-train":
+                assert train(arguments) == 0, command
             elif program == "m3-ask":
                 modeling_m3.__main__.app(arguments, standalone_mode=False)
             elif program == "python":
-                environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-                subprocess.run([sys.executable, *arguments], env=environment, check=True)
+                assert arguments[0] == "-m", command
+                monkeypatch.setattr(sys, "argv", arguments[1:])
+                with pytest.raises(SystemExit, match="^(0|None)$"):
+                    runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
             else:
                 assert (program, arguments[:1]) == ("pip", ["install"]), command

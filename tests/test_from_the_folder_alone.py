@@ -12,7 +12,14 @@ from conftest import CHECKPOINTS, GOLDENS
 SCRIPT = """
 import json, sys
 
-sys.modules["modeling_m3"] = sys.modules["conversion"] = None  # importing them fails, installed or not
+
+class Refuse:
+    def find_spec(name, path=None, target=None):
+        if name.startswith(("modeling_m3", "m3_")):
+            raise ImportError(name)
+
+
+sys.meta_path.insert(0, Refuse)  # importing them fails, installed or not
 folder, again, image = sys.argv[1:]
 
 import torch

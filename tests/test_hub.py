@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from conversion.__main__ import main
+from m3_conversion.__main__ import main
 from modeling_m3 import REMOTE_CODE_FILES
 
 
@@ -28,7 +28,7 @@ name, revision, image, again = sys.argv[1:]
 pinned = {"revision": revision, "code_revision": revision, "trust_remote_code": True}
 processor = AutoProcessor.from_pretrained(name, **pinned)
 model = AutoModelForImageTextToText.from_pretrained(name, **pinned)
-assert not {"modeling_m3", "conversion"} & sys.modules.keys()
+assert not [module for module in sys.modules if module.startswith(("modeling_m3", "m3_"))]
 inputs = processor(images=Image.open(image), text="USER: <image>\\nWhat? ASSISTANT:", num_visual_tokens=9, return_tensors="pt")
 print(json.dumps(model.generate(**inputs, max_new_tokens=5).tolist()))
 if again:
@@ -43,7 +43,7 @@ def hub(monkeypatch):
     with running_hub() as hub:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("conversion.hub.HfApi", lambda: HfApi(endpoint=hub.endpoint, token=TOKEN))
+        monkeypatch.setattr("m3_conversion.hub.HfApi", lambda: HfApi(endpoint=hub.endpoint, token=TOKEN))
         yield hub
 
 
@@ -125,7 +125,7 @@ def test_a_name_that_is_none_is_refused_before_anything_is_written(name, message
 
 
 def test_who_is_not_logged_in_is_told_before_anything_is_written(hub, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("conversion.hub.HfApi", lambda: HfApi(endpoint=hub.endpoint, token="hf_wrong"))
+    monkeypatch.setattr("m3_conversion.hub.HfApi", lambda: HfApi(endpoint=hub.endpoint, token="hf_wrong"))
     assert main([str(GOLDENS / "llava15-m3"), str(tmp_path / "new"), "--push-to-hub", NAME]) == 1
     error = capsys.readouterr().err
     assert "run `hf auth login`" in error and error.count("\n") == 1

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils.peft_utils import check_peft_version
 
-from conversion.convert import convert
+from m3_conversion.convert import convert
 
 
 LANGUAGE_MODEL = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"

@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_m3
-from training.m3_tiny import recipe, report
-from training.m3_tiny.data import Records, held_out_easy_vqa, held_out_scenes
-from training.m3_tiny.evaluate import evaluate
-from training.m3_tiny.model import new_model
-from training.m3_tiny.muon import MuonWithAdamW
-from training.m3_tiny.scenes import CHARACTERS, LABELS, TEST_FONTS, TRAIN_FONTS, Question, scene, text_scene
-from training.m3_tiny.vision import LabelledScenes, PatchClassifier
-from training.m3_tiny.vision_training import Round
+from m3_training.m3_tiny import recipe, report
+from m3_training.m3_tiny.data import Records, held_out_easy_vqa, held_out_scenes
+from m3_training.m3_tiny.evaluate import evaluate
+from m3_training.m3_tiny.model import new_model
+from m3_training.m3_tiny.muon import MuonWithAdamW
+from m3_training.m3_tiny.scenes import CHARACTERS, LABELS, TEST_FONTS, TRAIN_FONTS, Question, scene, text_scene
+from m3_training.m3_tiny.vision import LabelledScenes, PatchClassifier
+from m3_training.m3_tiny.vision_training import Round
 
 
 CARDS = Path(__file__).parent.parent / "model_cards"
@@ -92,7 +92,7 @@ def test_counts_what_generate_answers(m3_tiny):
 
 def test_results_page_is_made_of_the_counts(tmp_path):
     page = tmp_path / "m3-tiny.md"
-    report.main(CARDS / "m3-tiny" / "results.json", page)
+    report.write_page(CARDS / "m3-tiny" / "results.json", page)
     assert page.read_text(encoding="utf-8") == (CARDS / "m3-tiny.md").read_text(encoding="utf-8")
     assert {file.name for file in (tmp_path / "m3-tiny").iterdir()} <= {
         file.name for file in (CARDS / "m3-tiny").iterdir()

@@ -8,7 +8,7 @@ import torch
 from conftest import GOLDENS, golden_tensors, picture, tiny_config
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from conversion.mapping import CHECKPOINT_KEYS, remap_key
+from m3_conversion.mapping import CHECKPOINT_KEYS, remap_key
 from modeling_m3 import M3LlavaForConditionalGeneration, objective_m3
 from modeling_m3.visual_tokens import count_visual_tokens, num_tiles, tile_grid
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_modeling import ANYRES, tiny_inputs, tiny_model
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-from conversion.convert import convert
+from m3_conversion.convert import convert
 
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

@@ -4,17 +4,16 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import commands_on_path
 
 
 REPOSITORY = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 PYTHON = [block for language, block in BLOCKS if language == "python"]
 COMMANDS = [part.strip() for language, block in BLOCKS if language == "bash" for part in block.split("&&")]
-MODULES = {"m3-ask": "modeling_m3", "m3-convert": "conversion"}
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +25,8 @@ def folder(tmp_path_factory):
 
 
 def run(arguments, folder):
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HOME": str(folder / "cache")}
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "PATH": commands_on_path(), "HF_HOME": str(folder / "cache")}
+    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_commands(folder):
@@ -36,11 +35,10 @@ def test_commands(folder):
         program, *arguments = shlex.split(command)
         if program == "pip" or "pytest" in arguments:
             continue  # installs, or runs this
-        arguments = ["-m", MODULES[program], *arguments] if program in MODULES else arguments
-        result = run(arguments, folder)
+        result = run([program, *arguments], folder)
         assert result.returncode == 0, f"{command}\n{result.stderr}"
         ran.append(program)
-    assert ran == ["m3-ask", "m3-ask", "m3-ask", "m3-convert", "python", "python"]
+    assert ran == ["m3-ask", "m3-ask", "m3-ask", "m3-convert", "m3-convert", "m3-train"]
     for written in ("m3-demo", "m3-next-demo", "m3-demo-trained/final"):
         assert (folder / written / "config.json").is_file()
 
@@ -49,6 +47,6 @@ def test_commands(folder):
 def test_python_blocks(block, folder):
     if not (folder / "m3-demo").exists():
         test_commands(folder)
-    result = run(["-c", block], folder)
+    result = run(["python", "-c", block], folder)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()

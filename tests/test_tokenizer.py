@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
-from conversion.tokenizer import build_tokenizer
+from m3_conversion.tokenizer import build_tokenizer
 
 
 GOLDENS = Path(__file__).parent / "fixtures" / "goldens"

@@ -1,15 +1,11 @@
 """Arguments from files and the command line, and the files that ship."""
 
-from pathlib import Path
-
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-import training
-from training.arguments import parse
+from m3_training.arguments import CONFIGS, parse
 
 
-CONFIGS = Path(training.__file__).parent / "configs"
 RUNS = {"llava-v1.5-7b-m3": (2e-5, 2e-5, 2048), "llava-next-vicuna-7b-m3": (1e-5, None, 4096)}
 
 

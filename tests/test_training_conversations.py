@@ -7,9 +7,9 @@ from conftest import GOLDENS, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conversion.chat_templates import CHAT_TEMPLATES
-from conversion.tokenizer import build_tokenizer
-from training.conversations import IGNORE_INDEX, IMAGE_MARK, TEMPLATES, encode
+from m3_conversion.chat_templates import CHAT_TEMPLATES
+from m3_conversion.tokenizer import build_tokenizer
+from m3_training.conversations import IGNORE_INDEX, IMAGE_MARK, TEMPLATES, encode
 
 
 @dataclasses.dataclass

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from training.conversations import IGNORE_INDEX
-from training.data import BadSampleError, Collator, LlavaDataset, read_records
-from training.sampler import ModalityLengthSampler
+from m3_training.conversations import IGNORE_INDEX
+from m3_training.data import BadSampleError, Collator, LlavaDataset, read_records
+from m3_training.sampler import ModalityLengthSampler
 
 
 IMAGES = GOLDENS / "images"

@@ -15,12 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
-from training.arguments import parse
-from training.finetune import finetune, main
+from m3_training.arguments import CONFIGS, parse
+from m3_training.finetune import finetune, main
 
 
-REPOSITORY = Path(__file__).parent.parent
-CONFIGS = REPOSITORY / "training" / "configs"
 PICTURES = ("img0_336x336.png", "img3_1000x300.png", "img5_97x53.png")
 
 
@@ -183,11 +181,9 @@ def test_the_final_folder_is_as_conversion_writes_it(anyres_run, converted, capl
     assert AutoProcessor.from_pretrained(final).visual_token_scales == [1, 9, 36, 144, 576]
 
 
-def test_a_finished_run_is_not_run_again(anyres_run, capsys):
-    _, run = anyres_run
-    output = Path(run[run.index("--output_dir") + 1])
-    (output / "final").mkdir(parents=True, exist_ok=True)
-    assert main(run) == 1
+def test_a_finished_run_is_not_run_again(converted, tmp_path, capsys):
+    (tmp_path / "final").mkdir()
+    assert main(arguments(converted["llava15-m3"], tmp_path)) == 1
     assert "holds a finished run" in capsys.readouterr().err
 
 
@@ -207,7 +203,7 @@ def test_what_is_wrong_is_said_in_one_line(settings, message, converted, tmp_pat
     settings = ({"data_path": data} if settings else {}) | settings
     assert main(arguments(**{"checkpoint": converted["llava15-m3"], "output": tmp_path / "out"}, **settings)) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("training.finetune: ") and message in error
+    assert error.startswith("m3-train: ") and message in error
 
 
 def test_a_folder_with_other_things_is_left_alone(converted, tmp_path, capsys):
@@ -245,10 +241,11 @@ def one_process(converted, tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_two_processes_have_the_losses_and_weights_of_one(way, one_process, converted, tmp_path):
+def test_two_processes_have_the_losses_and_weights_of_one(way, one_process, converted, project, tmp_path):
+    """Started in a project whose folders have the names of ours."""
     settings, one = one_process
     run = arguments(converted["llava15-m3"], tmp_path / "two", per_device_train_batch_size=1, **settings)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "training.finetune"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "m3_training.finetune"]
     if way == "fsdp":
         config = yaml.safe_load((CONFIGS / "fsdp.yaml").read_text())
         config |= {"num_processes": 2, "mixed_precision": "no", "use_cpu": True, "main_process_port": 0}
@@ -257,8 +254,8 @@ def test_two_processes_have_the_losses_and_weights_of_one(way, one_process, conv
         launch += [Path(__file__).with_name("fsdp_on_cpu.py")]
     result = subprocess.run(
         [sys.executable, *map(str, launch), *run],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        cwd=project,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
         capture_output=True,
         text=True,
     )

@@ -8,11 +8,11 @@ from conftest import golden, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conversion.mapping import CHECKPOINT_KEYS, remap_key
+from m3_conversion.mapping import CHECKPOINT_KEYS, remap_key
+from m3_training.arguments import M3TrainingArguments, ModelArguments
+from m3_training.parameters import add_lora, parameter_groups, part_of, prepare_parameters
+from m3_training.trainer import M3Trainer
 from modeling_m3 import M3LlavaForConditionalGeneration
-from training.arguments import M3TrainingArguments, ModelArguments
-from training.parameters import add_lora, parameter_groups, part_of, prepare_parameters
-from training.trainer import M3Trainer
 
 
 RATES = {

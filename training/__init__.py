@@ -1,1 +1,1 @@
-"""Fine-tuning with the Matryoshka objective: `python -m training.finetune config.yaml`."""
+"""Fine-tuning with the Matryoshka objective: `m3-train config.yaml`."""

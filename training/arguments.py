@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .conversations import TEMPLATES, check_template
 
 SCALE_CHOICES = ("all", "random", "fixed")
 TRAINED = ("all", "clip")
+CONFIGS = Path(__file__).with_name("configs")
 
 
 @dataclass
@@ -133,7 +135,9 @@ class M3TrainingArguments(TrainingArguments):
 
 
 def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, M3TrainingArguments]:
-    """Arguments from a command line whose first word may be a YAML file; what follows it overrides the file.
+    """Arguments from a command line whose first word may be a YAML file, of one's own or the name of one in `CONFIGS`.
+
+    What follows it overrides the file.
 
     Raises:
         ValueError: a file that cannot be read, an unknown name, or values that contradict each other.
@@ -141,9 +145,12 @@ def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, M3Tr
     """
     arguments = list(arguments)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
-        arguments = [*_as_command_line(Path(arguments[0])), *arguments[1:]]
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, M3TrainingArguments), prog="python -m training.finetune", allow_abbrev=False
+        file = next((f for f in (Path(arguments[0]), CONFIGS / arguments[0]) if f.is_file()), Path(arguments[0]))
+        arguments = [*_as_command_line(file), *arguments[1:]]
+    parser = HfArgumentParser((ModelArguments, DataArguments, M3TrainingArguments), prog="m3-train", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"m3-hf {version('m3-hf')}")
+    parser.add_argument(
+        "--configs", action="version", version=str(CONFIGS), help="show the folder of files that ship and exit"
     )
     return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
 

@@ -8,10 +8,10 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from conversion.card import model_card
-from conversion.convert import write_all_but_weights
-from conversion.original import local_folder
-from conversion.writer import new_folder
+from m3_conversion.card import model_card
+from m3_conversion.convert import write_all_but_weights
+from m3_conversion.original import local_folder
+from m3_conversion.writer import new_folder
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
 
 from .arguments import DataArguments, ModelArguments

@@ -1,4 +1,4 @@
-"""`python -m training.finetune config.yaml [--name value ...]`: fine-tunes an M3 checkpoint.
+"""`m3-train config.yaml [--name value ...]`: fine-tunes an M3 checkpoint.
 
 The output folder holds the run's checkpoints, from the last of which the same command goes on, `trainer_state.json` with
 the losses, and at the end `final`, the trained model as a folder for the Hub.
@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 from transformers.trainer import TRAINER_STATE_NAME
 
 import modeling_m3  # noqa: F401 - registers the classes
-from conversion.original import local_folder
+from m3_conversion.original import local_folder
 
 from .arguments import DataArguments, M3TrainingArguments, ModelArguments, parse
 from .data import BadSampleError, Collator, LlavaDataset, Record, read_records
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"training.finetune: {message}", file=sys.stderr)
+    print(f"m3-train: {message}", file=sys.stderr)
     return 1
 
 

@@ -1,4 +1,4 @@
-"""`python -m training.m3_tiny FOLDER`: the whole recipe of m3-tiny, from nothing to the measured counts.
+"""`m3-train-tiny FOLDER`: the whole recipe of m3-tiny, from nothing to the measured counts and their page.
 
 Processes have one thread each: for so small a model two of them are faster than one with two threads. The stages up to
 m3-tiny go one after the other, each in all processes; the runs that it is compared with go side by side.
@@ -15,20 +15,27 @@ from typing import Annotated
 import torch
 import typer
 
+from m3_conversion.__main__ import VERSION
+
 from .recipe import BASES, RUNS, measure, prepare, train, train_tower
+from .report import write_page
 from .vision_training import number_of_processes
 
 
 TOWER = "vision-tower"
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-def main(
+
+@app.command()
+def train_tiny(
     folder: Annotated[Path, typer.Argument(help="Where runs and results go. Finished runs found there are kept.")],
     only: Annotated[str | None, typer.Option(help=f"One: {', '.join((TOWER, *RUNS))}.")] = None,
     processes: Annotated[
         int | None,
         typer.Option(help="One for every GPU, or 2, by default. Another number gives another result.", min=1),
     ] = None,
+    show_version: Annotated[bool, VERSION] = False,
 ) -> None:
     """Trains m3-tiny and what it is compared with, and counts the right answers of each."""
     if only == TOWER:
@@ -55,7 +62,8 @@ def _all(folder: Path, processes: int) -> None:
         list(pool.map(lambda name: _launch(folder, name, 1), names))
     counts = {name: measure(folder, name) for name in names}
     (folder / "results.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
-    print(f"m3-tiny is in {folder / 'm3-tiny' / 'final'}, the counts are in {folder / 'results.json'}")
+    write_page(folder / "results.json", folder / "results.md")
+    print(f"m3-tiny is in {folder / 'm3-tiny' / 'final'}, what was counted in {folder / 'results.md'}")
 
 
 def _launch(folder: Path, name: str, processes: int) -> None:
@@ -67,4 +75,10 @@ def _launch(folder: Path, name: str, processes: int) -> None:
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-typer.run(main)
+def main() -> None:
+    """Runs the command."""
+    app(prog_name="m3-train-tiny")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel, set_seed
 
-from conversion.card import model_card
-from conversion.convert import write_all_but_weights
-from conversion.writer import new_folder
+from m3_conversion.card import model_card
+from m3_conversion.convert import write_all_but_weights
+from m3_conversion.writer import new_folder
+from m3_training.arguments import DataArguments, M3TrainingArguments, ModelArguments
+from m3_training.finetune import finetune
 from modeling_m3 import M3LlavaProcessor
 from modeling_m3.visual_tokens import SAMPLINGS
-from training.arguments import DataArguments, M3TrainingArguments, ModelArguments
-from training.finetune import finetune
 
 from .data import Records, corpus, held_out_easy_vqa, held_out_scenes
 from .evaluate import evaluate
@@ -41,13 +41,13 @@ ABLATION_TEST_PICTURES = 200
 
 @dataclass(frozen=True)
 class Run:
-    """One run of `training.finetune` on generated records.
+    """One run of `m3-train` on generated records.
 
     Attributes:
         start: the run whose result it starts from.
         steps: of `batch` pictures.
         scales: visual tokens to train at.
-        scale_choice: as in `training.finetune`.
+        scale_choice: as in `m3-train`.
         learning_rate: of language model and projector. The vision tower stays as the first stage left it: at rates that
             are right for the others, it forgets how to read.
         sampling: how the visual tokens of coarser scales are made.

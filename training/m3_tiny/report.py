@@ -1,6 +1,6 @@
 """The results page `model_cards/m3-tiny.md` and its plots, made of the counts that the recipe measured.
 
-    python -m training.m3_tiny.report model_cards/m3-tiny/results.json
+    python -m m3_training.m3_tiny.report model_cards/m3-tiny/results.json --page model_cards/m3-tiny.md
 
 The page's header also gives a checkpoint's card its metadata, as the pages of the other checkpoints do.
 """
@@ -14,7 +14,7 @@ import matplotlib.pyplot
 import typer
 from huggingface_hub import EvalResult, ModelCardData
 
-from conversion.card import PAPER_URL
+from m3_conversion.card import PAPER_URL
 
 from .data import EASY_VQA
 from .recipe import BASES, RUNS, SCALES
@@ -56,9 +56,9 @@ class Counts:
         return "{:.1f} ± {:.1f}".format(*self.accuracy(model, scale, kinds, sampling))
 
 
-def main(
+def write_page(
     results: Annotated[Path, typer.Argument(help="The recipe's results.json.")],
-    page: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("model_cards/m3-tiny.md"),
+    page: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("results.md"),
 ) -> None:
     """Writes the results page and, into a folder of its name beside it, the plots."""
     counts = Counts(json.loads(results.read_text(encoding="utf-8")))
@@ -100,7 +100,7 @@ def text(counts: Counts, plots: str) -> str:
         f"that training never saw: the whole test split of easy-vqa ({counts.questions('m3-tiny', EASY_VQA):,} questions), and "
         f"generated pictures of other seeds, whose codes are written in another font ({', '.join(TEST_FONTS)}; training has "
         f"{', '.join(TRAIN_FONTS)}), {counts.questions('m3-tiny', 'code'):,} questions of each kind. Made, with torch 2.9 or newer, by:",
-        "```bash\npython -m training.m3_tiny m3-tiny-run && python -m training.m3_tiny.report m3-tiny-run/results.json\n```",
+        "```bash\nm3-train-tiny m3-tiny-run\n```",
         "The stored checkpoint took 11 minutes, in one process on an H100 with 16 CPU cores; what it is compared with was "
         "trained there too, and the questions asked on a CPU. Two CPU cores that compute in bfloat16 (AMX) take some two hours for as "
         "many steps; others take many times as long. It is one of two that differ in what the stage of details asks: 150 of the "
@@ -216,4 +216,4 @@ def _table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(write_page)

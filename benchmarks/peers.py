@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
-from modeling_m3.generation_m3 import CACHE_NAME
+from modeling_m3.outputs_m3 import CACHE_NAME
 
 from .measure import in_turn, markdown_table, milliseconds, save, spread
 from .random_checkpoint import SHAPES, build, prompt, random_config

@@ -42,7 +42,9 @@ def prefill_flops(config: M3LlavaConfig, inputs: dict[str, torch.Tensor]) -> dic
     batch, length = inputs["input_ids"].shape
     scales = inputs["num_visual_tokens"].tolist()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        encoded = model.encode_images(inputs["pixel_values"].to("meta"), inputs.get("image_sizes"))
+        encoded = model.encode_images(
+            inputs["pixel_values"].to("meta"), inputs.get("image_sizes"), inputs["image_tile_grids"]
+        )
         model.get_visual_tokens(encoded, scales)
         embeddings = torch.empty(batch, length, config.text_config.hidden_size, device="meta")
         model(inputs_embeds=embeddings, logits_to_keep=1)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
-from modeling_m3.visual_tokens import count_visual_tokens, num_tiles, tile_grid
+from modeling_m3.visual_tokens import tile_grid
 
 
 # The language model's shape; "1b" is TinyLlama-1.1B's. The vision tower is CLIP-ViT-L/14-336, but for "tiny".
@@ -82,7 +82,8 @@ def prompt(
     side, grid = config.vision_config.image_size, None
     if config.image_grid_pinpoints is not None:
         grid = tile_grid(image_size, config.image_grid_pinpoints, side)
-    placeholders = images * count_visual_tokens(scale, grid, image_size, config.patch_merge_type)
+    layout = config.image_layout(grid, image_size)
+    placeholders = images * layout.count(scale)
     words = torch.randint(3, config.text_config.vocab_size - 1, (batch, text), generator=generator)
     words += words >= config.image_token_id  # any token but a placeholder
     ids = torch.cat(
@@ -94,11 +95,12 @@ def prompt(
         ],
         dim=1,
     )
-    tiles = () if grid is None else (num_tiles(grid),)
+    tiles = () if grid is None else (layout.num_tiles,)
     pixels = torch.randn(batch * images, *tiles, 3, side, side, generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(model.dtype)}
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     inputs["num_visual_tokens"] = torch.full((batch * images,), scale)
+    inputs["image_tile_grids"] = torch.tensor([grid or (0, 0)] * batch * images)
     if grid is not None:
         inputs["image_sizes"] = torch.tensor([image_size] * batch * images)
     return inputs

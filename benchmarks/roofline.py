@@ -18,8 +18,6 @@ from transformers import AutoConfig
 from modeling_m3 import M3LlavaConfig, default_checkpoint
 from modeling_m3.visual_tokens import (
     check_num_visual_tokens,
-    count_visual_tokens,
-    num_tiles,
     possible_scales,
     tile_grid,
 )
@@ -122,8 +120,8 @@ def analyze(
     grid = None
     if config.image_grid_pinpoints is not None:
         grid = tile_grid(image_size, config.image_grid_pinpoints, config.vision_config.image_size)
-    tiles, model, gpu = num_tiles(grid), model_without_weights(config), find_device(device)
-    class_tokens = int(config.vision_feature_select_strategy == "full")
+    layout = config.image_layout(grid, image_size)
+    tiles, model, gpu = layout.num_tiles, model_without_weights(config), find_device(device)
     result: dict[str, Any] = {
         "device": {"name": next(name for name, known in DEVICES.items() if known is gpu), **vars(gpu)},
         "prompt_tokens": prompt_tokens,
@@ -142,7 +140,7 @@ def analyze(
             weights = {"language model": weights["language model"]}
         encoding = operations.totals(operations.vision(config, batch * tiles, attention) if vision else [], gpu)
         for scale in scales:
-            count = count_visual_tokens(scale, grid, image_size, config.patch_merge_type, class_tokens)
+            count = layout.count(scale)
             length = prompt_tokens + count
             prefill = operations.language_model(config, batch, length, length, *ways)
             if vision:

@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,9 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from .chat_templates import CHAT_TEMPLATES
-
-
-READ_AHEAD_BYTES = 4_000_000_000  # what a disk gives while torch and transformers are imported; most memories have room
+from .read_ahead import read_ahead
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -95,7 +92,7 @@ def convert(
     """Convert an original LLaVA or M3 checkpoint to a folder that transformers loads and the Hub takes."""
     if private and push_to_hub is None:
         raise typer.BadParameter("--private is about a repository: give --push-to-hub too")
-    threading.Thread(target=_read_ahead, args=(Path(source),), daemon=True).start()
+    threading.Thread(target=read_ahead, args=(Path(source),), daemon=True).start()
     import torch  # here, so that --help and usage errors come at once
 
     from . import convert as conversion
@@ -135,19 +132,6 @@ def convert(
         raise typer.Exit(1) from error
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _read_ahead(folder: Path) -> None:
-    """Has the system read the first weights, in the order of conversion, so that the disk does not wait for imports."""
-    buffer = bytearray(1 << 24)  # so large that a read takes longer than the wait for the interpreter's lock
-    left = READ_AHEAD_BYTES
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        for file in sorted(folder.glob(pattern)):
-            with suppress(OSError), open(file, "rb", buffering=0) as opened:  # conversion meets it and says so
-                while left > 0 and (count := opened.readinto(buffer)):
-                    left -= count
-        if left < READ_AHEAD_BYTES:
-            return  # many folders hold both
 
 
 def _show_notices() -> None:

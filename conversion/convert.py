@@ -13,9 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-import modeling_m3
 from modeling_m3 import (
-    REMOTE_CODE_FILES,
     M3LlavaConfig,
     M3LlavaForConditionalGeneration,
     M3LlavaImageProcessorPil,
@@ -39,7 +37,14 @@ from .original import ConversionError, StoredTensor, local_folder, read_json, st
 from .quantization import Quantization, quantization_config, quantize_plan
 from .tokenizer import build_tokenizer
 from .vision import VisionTower, find_vision_tower
-from .writer import WEIGHT_DTYPES, PlannedTensor, check_destination, new_folder, write_weights
+from .writer import (
+    WEIGHT_DTYPES,
+    PlannedTensor,
+    check_destination,
+    new_folder,
+    write_other_files,
+    write_weights,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -155,7 +160,7 @@ def convert(
         with tqdm(total=nbytes, unit="B", unit_scale=True, desc="weights", disable=None) as bar:
             files = write_weights(partial, tensors, max_shard_size, bar.update)
         with _naming(partial):
-            write_all_but_weights(partial, config, processor, generation_config, card)
+            write_other_files(partial, config, processor, generation_config, card)
     return Conversion(destination, len(tensors), num_dropped, nbytes, len(files), time.monotonic() - start)
 
 
@@ -267,22 +272,6 @@ def _base_folder(folder: Path, model_base: str | Path | None) -> Path:
         trained_on = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         raise ConversionError(f"{folder} is a LoRA adapter of {trained_on!r}: name that model with --model-base")
     return local_folder(model_base)
-
-
-def write_all_but_weights(
-    folder: Path,
-    config: M3LlavaConfig,
-    processor: M3LlavaProcessor,
-    generation_config: GenerationConfig,
-    card: str,
-) -> None:
-    """Writes what a folder needs beside its weights to load anywhere and to go to the Hub, remote code included."""
-    processor.save_pretrained(folder)
-    generation_config.save_pretrained(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    for code in REMOTE_CODE_FILES:
-        shutil.copyfile(Path(modeling_m3.__file__).with_name(code), folder / code)
-    config.save_pretrained(folder)  # last: no folder without it looks like a checkpoint
 
 
 def _check_apart(destination: Path, *sources: Path | None) -> None:

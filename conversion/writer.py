@@ -16,6 +16,10 @@ from typing import Any
 
 import torch
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
+from transformers import GenerationConfig
+
+import modeling_m3
+from modeling_m3 import REMOTE_CODE_FILES, M3LlavaConfig, M3LlavaProcessor
 
 from .original import SAFETENSORS_DTYPES, ConversionError, StoredTensor
 
@@ -100,6 +104,22 @@ def write_weights(
         index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         write_json(folder / "model.safetensors.index.json", index)
     return list(split.filename_to_tensors)
+
+
+def write_other_files(
+    folder: Path,
+    config: M3LlavaConfig,
+    processor: M3LlavaProcessor,
+    generation_config: GenerationConfig,
+    card: str,
+) -> None:
+    """Writes what a folder needs beside its weights to load anywhere and to go to the Hub, remote code included."""
+    processor.save_pretrained(folder)
+    generation_config.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    for code in REMOTE_CODE_FILES:
+        shutil.copyfile(Path(modeling_m3.__file__).with_name(code), folder / code)
+    config.save_pretrained(folder)  # last: no folder without it looks like a checkpoint
 
 
 def write_json(file: Path, content: dict) -> None:

@@ -102,7 +102,6 @@ def _ask(
 ) -> None:
     picture = _open_picture(image)
     _check_checkpoint(model_name)
-    device = _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     processor = AutoProcessor.from_pretrained(model_name)
@@ -113,6 +112,7 @@ def _ask(
         return processor(images=picture, text=text, num_visual_tokens=scale, return_tensors="pt")
 
     inputs = prepare(num_visual_tokens)  # refuses a wrong number before the weights are loaded
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForImageTextToText.from_pretrained(model_name, dtype="auto", device_map=device)
 
     def answer(
@@ -127,9 +127,9 @@ def _ask(
         return
     scales = sorted(processor.visual_token_scales)
     answer(prepare(scales[0]), show=False, max_new_tokens=1)  # warm up: the first call is slower
-    pixels, start = prepare(scales[0]).to(model.device), time.perf_counter()
+    images, start = prepare(scales[0]).to(model.device), time.perf_counter()
     with torch.no_grad():
-        encoded = model.encode_images(pixels["pixel_values"], pixels.get("image_sizes"))
+        encoded = model.encode_images(images["pixel_values"], images.get("image_sizes"), images["image_tile_grids"])
     print(f"encoded once in {time.perf_counter() - start:.3f} s")
     print("visual tokens  first token    total  answer")
     for scale in scales:
@@ -148,16 +148,6 @@ def _open_picture(path: Path) -> Image.Image:
         return Image.open(path).convert("RGB")
     except (OSError, SyntaxError) as error:
         raise ValueError(f"Cannot read {path} as a picture: {error}. Is the file complete?") from error
-
-
-def _check_device(device: str) -> str:
-    if device == "auto":
-        return device
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter from a build of torch without CUDA
-        raise ValueError(f"Cannot run on --device {device}: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _check_checkpoint(name: str) -> None:

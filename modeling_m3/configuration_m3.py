@@ -19,11 +19,12 @@ from transformers.configuration_utils import PreTrainedConfig, strict
 from .visual_tokens import (
     MERGE_TYPES,
     SAMPLINGS,
-    SELECT_STRATEGIES,
+    ImageLayout,
     check_choice,
     check_pinpoints,
     check_scales,
     default_scales,
+    keeps_class_token,
 )
 
 
@@ -105,16 +106,22 @@ class M3LlavaConfig(PreTrainedConfig):
             "AutoModelForImageTextToText": "modeling_m3.M3LlavaForConditionalGeneration",
             **(getattr(self, "auto_map", None) or {}),
         }
-        check_choice("vision_feature_select_strategy", self.vision_feature_select_strategy, SELECT_STRATEGIES)
         check_choice("visual_token_sampling", self.visual_token_sampling, SAMPLINGS)
         check_choice("patch_merge_type", self.patch_merge_type, MERGE_TYPES)
-        keeps_class_token = self.vision_feature_select_strategy == "full"
         if self.visual_token_scales is None:
-            finest = self.grid_side**2
-            self.visual_token_scales = [finest] if keeps_class_token else default_scales(self.grid_side)
+            self.visual_token_scales = default_scales(self.grid_side, self.keeps_class_token)
         if self.image_grid_pinpoints is not None:
             self.image_grid_pinpoints = [list(pair) for pair in self.image_grid_pinpoints]
-        self._check(keeps_class_token)
+        self._check()
+
+    @property
+    def keeps_class_token(self) -> bool:
+        """Whether every tile has one visual token more, the class token."""
+        return keeps_class_token(self.vision_feature_select_strategy)
+
+    def image_layout(self, grid: tuple[int, int] | None, size: list[int] | None) -> ImageLayout:
+        """How this model lays out the visual tokens of an image with such a grid of tiles and (height, width)."""
+        return ImageLayout(grid, size, self.patch_merge_type, self.keeps_class_token)
 
     @property
     def grid_side(self) -> int:
@@ -127,19 +134,14 @@ class M3LlavaConfig(PreTrainedConfig):
         depth = self.vision_config.num_hidden_layers
         return self.vision_feature_layer if self.vision_feature_layer >= 0 else depth + 1 + self.vision_feature_layer
 
-    def _check(self, keeps_class_token: bool) -> None:
+    def _check(self) -> None:
         """Raises `ValueError` that names the value for a combination that no model can be built from."""
         check_scales(self.visual_token_scales, self.grid_side)
-        if keeps_class_token and self.visual_token_scales != [self.grid_side**2]:
+        given, only = (self.visual_token_scales, self.patch_merge_type), ([self.grid_side**2], "flat")
+        if self.keeps_class_token and given != only:
             raise ValueError(
-                f'vision_feature_select_strategy="full" keeps the class token, which cannot be pooled, but '
-                f"visual_token_scales is {self.visual_token_scales}. Use [{self.grid_side**2}], or the strategy "
-                '"default".'
-            )
-        if keeps_class_token and self.patch_merge_type != "flat":
-            raise ValueError(
-                f'patch_merge_type="{self.patch_merge_type}" needs tiles that are square grids, but '
-                'vision_feature_select_strategy="full" keeps the class token. Use "flat", or the strategy "default".'
+                f'vision_feature_select_strategy="full" keeps the class token, which belongs to no square grid: it goes with '
+                f"visual_token_scales={only[0]} and patch_merge_type={only[1]!r} only, not {given[0]} and {given[1]!r}."
             )
         if self.image_grid_pinpoints is not None:
             check_pinpoints(self.image_grid_pinpoints, self.vision_config.image_size)

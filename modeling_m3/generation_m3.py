@@ -23,7 +23,7 @@ import torch
 from transformers import GenerationMixin
 from transformers.generation import CandidateGenerator
 from transformers.generation import utils as generation_utils
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .outputs_m3 import M3LlavaEncodedImages
 
@@ -37,8 +37,6 @@ IMAGE_INPUTS = (
     "image_grid_pinpoints",
     "image_tile_grids",
 )
-# What this release of transformers calls the cache, in arguments of `forward` and in outputs: 5.24 renamed it.
-CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 ONE_KIND_OF_IMAGES = "Pass only one of pixel_values, encoded_images and mm_encoder_outputs: each is the images"
 

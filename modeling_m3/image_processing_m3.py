@@ -31,7 +31,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-from .visual_tokens import check_pinpoints, select_resolution
+from .visual_tokens import check_pinpoints, tile_grid
 
 
 class M3LlavaImageProcessorKwargs(ImagesKwargs, total=False):
@@ -52,7 +52,8 @@ class _Views:
     with black (the original's `process_anyres_image`).
     """
 
-    model_input_names = ["pixel_values", "image_sizes"]
+    # All that travels to the model with images; the numbers of visual tokens are the processor's.
+    model_input_names = ["pixel_values", "image_sizes", "image_tile_grids", "num_visual_tokens"]
     valid_kwargs = M3LlavaImageProcessorKwargs
     _auto_class = "AutoImageProcessor"  # saving copies the code along
 
@@ -126,20 +127,23 @@ class _Views:
         return_tensors: Any,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Returns `pixel_values`, (images, c, h, w); with pinpoints (images, most tiles, c, h, w), zeros after an image's
-        last tile, and `image_sizes`, (images, 2): the pictures' (height, width)."""
+        """Returns `pixel_values`, (images, c, h, w), and `image_tile_grids`, (images, 2), the (rows, columns) of tiles that
+        each is cut into. With pinpoints `pixel_values` are (images, most tiles, c, h, w), zeros after an image's last tile,
+        and there are `image_sizes`, (images, 2): the pictures' (height, width). Without, grids are (0, 0)."""
         background = tuple(int(mean * 255) for mean in image_mean)
+        grids = [(0, 0)] * len(images)
         if image_grid_pinpoints is not None:
             check_pinpoints(image_grid_pinpoints, crop_size.height)
+            grids = [tile_grid(image.shape[-2:], image_grid_pinpoints, crop_size.height) for image in images]
 
         def finish(view: Any) -> Any:
             if do_resize:
                 view = self.resize(view, size, resample)
             return self.center_crop(view, crop_size) if do_center_crop else view
 
-        def views(image: Any) -> list:
+        def views(image: Any, grid: tuple[int, int]) -> list:
             if image_grid_pinpoints is not None:
-                tiles = self._tiles(image, image_grid_pinpoints, crop_size.height)
+                tiles = self._tiles(image, grid, crop_size.height)
                 edge = size.shortest_edge or size.height
                 base = self.resize(image, SizeDict(height=edge, width=edge), PILImageResampling.BICUBIC)
                 return [finish(view) for view in (base, *tiles)]
@@ -149,25 +153,26 @@ class _Views:
             return [finish(image)]
 
         normalization = (do_rescale, rescale_factor, do_normalize, image_mean, image_std)
-        seen = [views(image) for image in images]
-        if image_grid_pinpoints is None and len({image[0].shape for image in seen}) > 1:  # neither resized nor cropped
-            pixel_values = [self._normalized([image], *normalization)[0, 0] for image in seen]
-            return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
-        pixel_values = self._normalized(seen, *normalization)
-        if image_grid_pinpoints is None:
-            pixel_values = pixel_values[:, 0]
-        data = {"pixel_values": pixel_values if return_tensors else list(pixel_values)}
+        seen = [views(image, grid) for image, grid in zip(images, grids)]
+        data = {"image_tile_grids": [list(grid) for grid in grids]}
         if image_grid_pinpoints is not None:
+            data["pixel_values"] = self._normalized(seen, *normalization)
             data["image_sizes"] = [list(image.shape[-2:]) for image in images]
+        elif len({image[0].shape for image in seen}) > 1:  # neither resized nor cropped
+            data["pixel_values"] = [self._normalized([image], *normalization)[0, 0] for image in seen]
+        else:
+            data["pixel_values"] = self._normalized(seen, *normalization)[:, 0]
+        if not return_tensors:
+            data["pixel_values"] = list(data["pixel_values"])
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _tiles(self, image: Any, image_grid_pinpoints: list | tuple, tile: int) -> list:
-        """The tiles of the picture in reading order, after it is fitted into its resolution.
+    def _tiles(self, image: Any, grid: tuple[int, int], tile: int) -> list:
+        """The tiles of the picture in reading order, after it is fitted into its grid.
 
         By PIL's default of bicubic, as in the original: `resample` is for CLIP's own preprocessing.
         """
         height, width = image.shape[-2:]
-        target_height, target_width = select_resolution((height, width), image_grid_pinpoints)
+        target_height, target_width = grid[0] * tile, grid[1] * tile
         scale_height, scale_width = target_height / height, target_width / width
         if scale_width < scale_height:
             fitted = SizeDict(height=min(math.ceil(height * scale_width), target_height), width=target_width)

@@ -24,8 +24,6 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
-from .visual_tokens import check_choice
-
 
 logger = logging.get_logger(__name__)
 
@@ -38,6 +36,8 @@ FULL_PRECISION_MODULES = (
     "vision_tower",
     "multi_modal_projector",
 )
+# What may stand for a device: ways to spread a model, and where accelerate keeps what has no room.
+NO_DEVICES = (None, "auto", "balanced", "balanced_low_0", "sequential", "disk")
 
 
 class M3LlavaLoadingMixin:
@@ -54,7 +54,10 @@ class M3LlavaLoadingMixin:
             quantization_config = BitsAndBytesConfig(**quantization_config)
         own_list = getattr(quantization_config, "llm_int8_skip_modules", None)
         if isinstance(quantization_config, BitsAndBytesConfig):
-            check_choice("bnb_4bit_quant_type", quantization_config.bnb_4bit_quant_type, ("nf4", "fp4"))
+            if quantization_config.bnb_4bit_quant_type not in ("nf4", "fp4"):
+                raise ValueError(
+                    f"bnb_4bit_quant_type={quantization_config.bnb_4bit_quant_type!r} must be 'nf4' or 'fp4'."
+                )
             if own_list is None:
                 quantization_config = copy.deepcopy(quantization_config)
                 quantization_config.llm_int8_skip_modules = list(FULL_PRECISION_MODULES)
@@ -76,16 +79,16 @@ def quantizable_layers(model: nn.Module) -> list[str]:
 
 
 def _check_devices(device_map: Any) -> None:
-    """Raises `ValueError` where a GPU is asked for that is not there. Other names are transformers' to judge."""
-    for device in device_map.values() if isinstance(device_map, dict) else [device_map]:
-        name = str(device)
-        if isinstance(device, int) or name.startswith("cuda"):
-            index = int(name.removeprefix("cuda").removeprefix(":") or 0)
-            if not 0 <= index < torch.cuda.device_count():
-                raise ValueError(
-                    f"device_map={device_map!r} asks for GPU {index}, but torch finds {torch.cuda.device_count()} here. Use "
-                    'device_map="auto", which takes what there is, or "cpu".'
-                )
+    """Raises `ValueError` for a device that torch cannot use here, before any weight is loaded."""
+    for place in device_map.values() if isinstance(device_map, dict) else [device_map]:
+        try:
+            if place not in NO_DEVICES:
+                torch.empty(0, device=place)
+        except (RuntimeError, AssertionError) as error:  # the latter from a build of torch without CUDA
+            raise ValueError(
+                f"device_map={device_map!r}: torch cannot use {place!r} here ({str(error).splitlines()[0]}) Use "
+                'device_map="auto", which takes what there is, or "cpu".'
+            ) from error
 
 
 def _newline_in_memory(device_map: dict[str, Any]) -> dict[str, Any]:

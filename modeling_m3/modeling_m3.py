@@ -33,18 +33,22 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
 
 from .configuration_m3 import M3LlavaConfig
-from .generation_m3 import CACHE_NAME, ONE_KIND_OF_IMAGES, M3LlavaGenerationMixin
+from .generation_m3 import ONE_KIND_OF_IMAGES, M3LlavaGenerationMixin
 from .loading_m3 import M3LlavaLoadingMixin
 from .objective_m3 import matryoshka_loss
-from .outputs_m3 import M3LlavaCausalLMOutputWithPast, M3LlavaEncodedImages, M3LlavaModelOutputWithPast
+from .outputs_m3 import (
+    CACHE_NAME,
+    M3LlavaCausalLMOutputWithPast,
+    M3LlavaEncodedImages,
+    M3LlavaModelOutputWithPast,
+)
 from .visual_tokens import (
     SAMPLINGS,
     check_choice,
     check_num_visual_tokens,
-    merge_tiles,
-    num_tiles,
     pool_tiles,
     split_tiles,
+    tile_grid,
 )
 
 
@@ -52,15 +56,15 @@ IMAGE_ARGUMENTS = r"""
     pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)` or `(images, tiles, channels, height, width)`, or a list with one tensor per image, *optional*):
         One view per image, or its tiles, zeros after the last.
     image_sizes (`torch.LongTensor` of shape `(images, 2)`, *optional*):
-        (height, width) of the original images in pixels. Needed for images that are cut into tiles.
+        (height, width) of the original images in pixels. Needed where the padding of tiles is cut off.
     num_visual_tokens (`torch.LongTensor` of shape `(images,)`, `list[int]` or `int`, *optional*):
         Visual tokens per tile, for all images or for each. The finest scale by default.
     visual_token_sampling (`str`, *optional*):
         `"average"`, `"spatial"` or `"sequential"`; the configuration's by default.
-    image_grid_pinpoints (`list[list[int]]`, *optional*):
-        (height, width) pairs the tiles were cut from, where they are not the configuration's.
     image_tile_grids (`torch.LongTensor` of shape `(images, 2)`, *optional*):
-        (rows, columns) of tiles of every image, where the caller knows them.
+        (rows, columns) of tiles of every image, (0, 0) for one view, as the processor cut them.
+    image_grid_pinpoints (`list[list[int]]`, *optional*):
+        For pixels without their grids: the (height, width) pairs they were cut by; the configuration's by default.
 """
 FORWARD_ARGUMENTS = f"""{IMAGE_ARGUMENTS}
     mm_encoder_outputs (`dict`, *optional*):
@@ -161,24 +165,25 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         self,
         pixel_values: torch.FloatTensor | list[torch.FloatTensor],
         image_sizes: torch.LongTensor | list[list[int]] | None = None,
-        image_grid_pinpoints: list[list[int]] | None = None,
         image_tile_grids: torch.LongTensor | list[list[int]] | None = None,
+        image_grid_pinpoints: list[list[int]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> M3LlavaEncodedImages:
         r"""
         Returns [`M3LlavaEncodedImages`]. Raises `ValueError` for sizes or grids that do not fit the pixels.
         """
         config, (sizes, grids) = self.config, _as_lists(image_sizes, image_tile_grids)
-        pinpoints = config.image_grid_pinpoints if image_grid_pinpoints is None else image_grid_pinpoints
-        tiles, grids = split_tiles(pixel_values, config.vision_config.image_size, sizes, pinpoints, grids)
+        pinpoints = image_grid_pinpoints or config.image_grid_pinpoints
+        if grids is None and sizes and pinpoints and any(image.ndim == 4 and len(image) > 1 for image in pixel_values):
+            grids = [tile_grid(size, pinpoints, config.vision_config.image_size) for size in sizes]
+        tiles, grids = split_tiles(pixel_values, grids)
+        layouts = [config.image_layout(*facts) for facts in zip(grids, sizes or [None] * len(grids))]
         outputs = self.vision_tower(torch.cat(tiles), **kwargs)
         features = outputs.last_hidden_state
-        keeps_class_token = config.vision_feature_select_strategy == "full"
         return M3LlavaEncodedImages(
             last_hidden_state=features,
-            tile_features=self.multi_modal_projector(features if keeps_class_token else features[:, 1:]),
-            image_tile_grids=grids,
-            image_sizes=sizes,
+            tile_features=self.multi_modal_projector(features if config.keeps_class_token else features[:, 1:]),
+            layouts=layouts,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -198,25 +203,23 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
             visual_token_sampling: how tiles are reduced to them; the configuration's way by default.
 
         Returns:
-            One (`visual_tokens.count_visual_tokens(...)`, d) per image.
+            One (`ImageLayout.count(scale)`, d) per image.
 
         Raises:
             ValueError: for a number the configuration does not offer, and for an unknown sampling.
         """
-        config, grids = self.config, encoded.image_tile_grids
-        keeps_class_token = config.vision_feature_select_strategy == "full"
-        sampling = visual_token_sampling or config.visual_token_sampling
+        sampling = visual_token_sampling or self.config.visual_token_sampling
         check_choice("visual_token_sampling", sampling, SAMPLINGS)
-        scales = check_num_visual_tokens(*_as_lists(num_visual_tokens), config.visual_token_scales, len(grids))
-        features, newline, tokens = encoded.tile_features, self.image_newline, []
+        layouts, offered = encoded.layouts, self.config.visual_token_scales
+        scales = check_num_visual_tokens(*_as_lists(num_visual_tokens), offered, len(layouts))
+        newline = self.image_newline
         if newline is not None:
-            newline = newline.to(features.device, features.dtype)
-        for index, image in enumerate(features.split([num_tiles(grid) for grid in grids])):
-            if not keeps_class_token:
-                image = pool_tiles(image, scales[index], sampling)
-            size = None if encoded.image_sizes is None else encoded.image_sizes[index]
-            tokens.append(merge_tiles(image, grids[index], size, config.patch_merge_type, newline))
-        return tokens
+            newline = newline.to(encoded.tile_features.device, encoded.tile_features.dtype)
+        images = encoded.tile_features.split([layout.num_tiles for layout in layouts])
+        return [
+            layout.merge(tiles if layout.keeps_class_token else pool_tiles(tiles, scale, sampling), newline)
+            for tiles, layout, scale in zip(images, layouts, scales)
+        ]
 
     @can_return_tuple
     @auto_docstring(
@@ -229,10 +232,10 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         self,
         pixel_values: torch.FloatTensor | list[torch.FloatTensor],
         image_sizes: torch.LongTensor | list[list[int]] | None = None,
+        image_tile_grids: torch.LongTensor | list[list[int]] | None = None,
         num_visual_tokens: torch.LongTensor | list[int] | int | None = None,
         visual_token_sampling: str | None = None,
         image_grid_pinpoints: list[list[int]] | None = None,
-        image_tile_grids: torch.LongTensor | list[list[int]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         r"""
@@ -244,7 +247,7 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         """
         # All at once, and before the device has the vision tower's work to do, which a later fetch would wait for.
         sizes, grids, scales = _as_lists(image_sizes, image_tile_grids, num_visual_tokens)
-        encoded = self.encode_images(pixel_values, sizes, image_grid_pinpoints, grids, **kwargs)
+        encoded = self.encode_images(pixel_values, sizes, grids, image_grid_pinpoints, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=encoded.last_hidden_state,
             pooler_output=self.get_visual_tokens(encoded, scales, visual_token_sampling),
@@ -291,6 +294,7 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         image_sizes: torch.LongTensor | None = None,
+        image_tile_grids: torch.LongTensor | None = None,
         num_visual_tokens: torch.LongTensor | list[int] | int | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
@@ -299,7 +303,6 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         visual_token_sampling: str | None = None,
         image_grid_pinpoints: list[list[int]] | None = None,
-        image_tile_grids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         encoded_images: M3LlavaEncodedImages | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -316,10 +319,10 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
             images = self.get_image_features(
                 pixel_values,
                 image_sizes=image_sizes,
+                image_tile_grids=image_tile_grids,
                 num_visual_tokens=num_visual_tokens,
                 visual_token_sampling=visual_token_sampling,
                 image_grid_pinpoints=image_grid_pinpoints,
-                image_tile_grids=image_tile_grids,
                 return_dict=True,
             )
         tokens = None if images is None else images.pooler_output
@@ -371,19 +374,21 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
         self,
         pixel_values: torch.FloatTensor | list[torch.FloatTensor],
         image_sizes: torch.LongTensor | list[list[int]] | None = None,
+        image_tile_grids: torch.LongTensor | list[list[int]] | None = None,
         num_visual_tokens: torch.LongTensor | list[int] | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
-        return self.model.get_image_features(pixel_values, image_sizes, num_visual_tokens, **kwargs)
+        return self.model.get_image_features(pixel_values, image_sizes, image_tile_grids, num_visual_tokens, **kwargs)
 
     @auto_docstring(custom_intro="See [`M3LlavaModel.encode_images`].", custom_args=IMAGE_ARGUMENTS)
     def encode_images(
         self,
         pixel_values: torch.FloatTensor | list[torch.FloatTensor],
         image_sizes: torch.LongTensor | list[list[int]] | None = None,
+        image_tile_grids: torch.LongTensor | list[list[int]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> M3LlavaEncodedImages:
-        return self.model.encode_images(pixel_values, image_sizes, **kwargs)
+        return self.model.encode_images(pixel_values, image_sizes, image_tile_grids, **kwargs)
 
     def get_visual_tokens(
         self,
@@ -401,6 +406,7 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         image_sizes: torch.LongTensor | None = None,
+        image_tile_grids: torch.LongTensor | None = None,
         num_visual_tokens: torch.LongTensor | list[int] | int | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
@@ -411,7 +417,6 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
         logits_to_keep: int | torch.Tensor = 0,
         visual_token_sampling: str | None = None,
         image_grid_pinpoints: list[list[int]] | None = None,
-        image_tile_grids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         encoded_images: M3LlavaEncodedImages | None = None,
         matryoshka_scales: list[int] | None = None,
@@ -421,7 +426,7 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
             encoded = encoded_images
             sizes, grids, written = _as_lists(image_sizes, image_tile_grids, num_visual_tokens)
             if pixel_values is not None:
-                encoded = self.model.encode_images(pixel_values, sizes, image_grid_pinpoints, grids)
+                encoded = self.model.encode_images(pixel_values, sizes, grids, image_grid_pinpoints)
             loss, scale_losses = matryoshka_loss(
                 self,
                 matryoshka_scales,
@@ -442,6 +447,7 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
             input_ids=input_ids,
             pixel_values=pixel_values,
             image_sizes=image_sizes,
+            image_tile_grids=image_tile_grids,
             num_visual_tokens=num_visual_tokens,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -449,7 +455,6 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
             inputs_embeds=inputs_embeds,
             visual_token_sampling=visual_token_sampling,
             image_grid_pinpoints=image_grid_pinpoints,
-            image_tile_grids=image_tile_grids,
             mm_encoder_outputs=mm_encoder_outputs,
             encoded_images=encoded_images,
             **kwargs,
@@ -475,11 +480,11 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
 def _as_lists(*values: Any) -> list[Any]:
     """The values with lists in place of tensors, which are fetched from their device in one go."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    if len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1:
-        fetched = torch.cat([tensor.flatten() for tensor in tensors]).cpu().split([t.numel() for t in tensors])
-        parts = iter(fetched)
-        values = [next(parts).view(value.shape) if isinstance(value, torch.Tensor) else value for value in values]
-    return [value.tolist() if isinstance(value, torch.Tensor) else value for value in values]
+    if not tensors:
+        return list(values)
+    fetched = torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors]).cpu()
+    parts = iter(fetched.split([tensor.numel() for tensor in tensors]))
+    return [next(parts).view(value.shape).tolist() if isinstance(value, torch.Tensor) else value for value in values]
 
 
 __all__ = ["M3LlavaForConditionalGeneration", "M3LlavaModel", "M3LlavaPreTrainedModel"]

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .outputs_m3 import M3LlavaEncodedImages
-from .visual_tokens import check_num_visual_tokens, count_visual_tokens
+from .visual_tokens import check_num_visual_tokens
 
 
 def matryoshka_loss(
@@ -65,8 +65,8 @@ def matryoshka_loss(
             than the images have, and for inputs of `forward` that cannot be cut along.
     """
     config = model.config
-    num_images = 0 if encoded is None else len(encoded.image_tile_grids)
-    written = check_num_visual_tokens(num_visual_tokens, config.visual_token_scales, num_images)
+    layouts = [] if encoded is None else encoded.layouts
+    written = check_num_visual_tokens(num_visual_tokens, config.visual_token_scales, len(layouts))
     _check_scales(scales, config.visual_token_scales, written)
     _check_inputs(input_ids, labels, attention_mask, kwargs)
     placeholders = input_ids == config.image_token_id
@@ -75,10 +75,10 @@ def matryoshka_loss(
             f"labels ask to predict {int((labels[placeholders] != -100).sum())} placeholder(s) of images, which differ from "
             f"scale to scale. Set labels to -100 where input_ids is {config.image_token_id}."
         )
-    lengths = _lengths(config, encoded, written)
+    lengths = [layout.count(scale) for layout, scale in zip(layouts, written)]
     if placeholders.sum() != sum(lengths):
         raise ValueError(
-            f"The prompts have {int(placeholders.sum())} placeholders for {num_images} image(s) of {lengths} visual tokens. "
+            f"The prompts have {int(placeholders.sum())} placeholders for {len(layouts)} image(s) of {lengths} visual tokens. "
             "Pass all that the processor returned, num_visual_tokens, image_sizes and image_tile_grids included."
         )
 
@@ -90,7 +90,7 @@ def matryoshka_loss(
     # Every prompt is cut before the language model runs: what a cut has to ask of the data would wait for that.
     prompts, targets = {}, {}
     for scale in scales:
-        kept = _lengths(config, encoded, [scale] * num_images)
+        kept = [layout.count(scale) for layout in layouts]
         prompts[scale], cut = _cut(input_ids, labels, attention_mask, config.image_token_id, lengths, kept)
         targets[scale] = _targets(cut)
 
@@ -238,18 +238,6 @@ def _needs_native_graph(model: nn.Module, device: str) -> bool:
     return sharded or (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16)
 
 
-def _lengths(config: Any, encoded: M3LlavaEncodedImages | None, scales: list[int]) -> list[int]:
-    """How many visual tokens each image has at its scale."""
-    if encoded is None:
-        return []
-    sizes = encoded.image_sizes or [None] * len(scales)
-    class_tokens = int(config.vision_feature_select_strategy == "full")
-    return [
-        count_visual_tokens(scale, grid, size, config.patch_merge_type, class_tokens)
-        for scale, grid, size in zip(scales, encoded.image_tile_grids, sizes)
-    ]
-
-
 def _cut(
     input_ids: torch.LongTensor,
     labels: torch.LongTensor,
@@ -292,12 +280,7 @@ def _cut(
 def _check_scales(scales: list[int], offered: list[int], written: list[int]) -> None:
     if not scales or len(set(scales)) != len(scales):
         raise ValueError(f"matryoshka_scales={scales!r}: give at least one scale, and none twice.")
-    for scale in scales:
-        if scale not in offered:
-            raise ValueError(
-                f"matryoshka_scales={scales!r}: {scale!r} is not a number of visual tokens this model offers. Choose from "
-                f"{sorted(offered)}."
-            )
+    for scale in check_num_visual_tokens(list(scales), offered, len(scales), name="matryoshka_scales"):
         if written and scale > min(written):
             raise ValueError(
                 f"matryoshka_scales={scales!r}: the inputs were made at num_visual_tokens={min(written)}, which has no "

@@ -19,6 +19,12 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
 from transformers.utils import auto_docstring
 
+from .visual_tokens import ImageLayout
+
+
+# Before 5.24 the cache, in arguments of `forward` and in outputs, is `past_key_values`; then `cache`.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 @dataclass
 class M3LlavaEncodedImages(ModelOutput):
@@ -30,18 +36,15 @@ class M3LlavaEncodedImages(ModelOutput):
             The output of the vision tower's selected layer.
         tile_features (`torch.FloatTensor` of shape `(all tiles, tokens per tile, hidden_size)`):
             What the projector made of it: the finest visual tokens of every tile, image after image.
-        image_tile_grids (`list[tuple[int, int] | None]`):
-            (rows, columns) of tiles of every image, as in `visual_tokens.num_tiles`, which says how many tiles it has.
-        image_sizes (`list[list[int]]`, *optional*):
-            (height, width) of the original images in pixels.
+        layouts (`list[ImageLayout]`):
+            How the visual tokens of every image are laid out, and how many tiles it has.
         hidden_states, attentions (`tuple[torch.FloatTensor]`, *optional*):
             The vision tower's, if they were asked for.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     tile_features: torch.FloatTensor | None = None
-    image_tile_grids: list[tuple[int, int] | None] | None = None
-    image_sizes: list[list[int]] | None = None
+    layouts: list[ImageLayout] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 

@@ -20,13 +20,13 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 
 from .visual_tokens import (
     MERGE_TYPES,
-    SELECT_STRATEGIES,
+    ImageLayout,
     check_choice,
     check_num_visual_tokens,
     check_pinpoints,
     check_scales,
-    count_visual_tokens,
     default_scales,
+    keeps_class_token,
     tile_grid,
 )
 
@@ -89,11 +89,10 @@ class M3LlavaProcessor(ProcessorMixin):
         if not isinstance(patch_size, int) or patch_size < 1:
             raise ValueError(f"patch_size={patch_size!r} must be the side of the vision tower's patches in pixels.")
         check_choice("patch_merge_type", patch_merge_type, MERGE_TYPES)
-        check_choice("vision_feature_select_strategy", vision_feature_select_strategy, SELECT_STRATEGIES)
         side = self._tile_size // patch_size
-        keeps_class_token = vision_feature_select_strategy == "full"
+        with_class_token = keeps_class_token(vision_feature_select_strategy)
         if visual_token_scales is None:
-            visual_token_scales = [side * side] if keeps_class_token else default_scales(side)
+            visual_token_scales = default_scales(side, with_class_token)
         check_scales(visual_token_scales, side)
         if num_visual_tokens is not None:
             check_num_visual_tokens([num_visual_tokens], visual_token_scales, num_images=1)
@@ -121,9 +120,8 @@ class M3LlavaProcessor(ProcessorMixin):
 
         Returns:
             `BatchFeature` with `input_ids` and `attention_mask` of shape (prompts, sequence length); where there are
-            images, `pixel_values`, `num_visual_tokens` of shape (images,), and for images cut into tiles `image_sizes` of
-            shape (images, 2). A call that overrides `image_grid_pinpoints` adds `image_tile_grids`, of shape (images, 2):
-            the (rows, columns) that the model cannot know from its configuration.
+            images, `pixel_values`, `num_visual_tokens` of shape (images,), `image_tile_grids` of shape (images, 2), the
+            (rows, columns) that each is cut into, and for images cut into tiles `image_sizes` of shape (images, 2).
 
         Raises:
             ValueError: for a number of visual tokens this checkpoint does not offer, for numbers of images and of
@@ -141,7 +139,7 @@ class M3LlavaProcessor(ProcessorMixin):
         """Checks what a caller passed before transformers' own type checks, whose messages name no allowed value."""
         num_images = 0 if images is None else len(make_flat_list_of_images(images))
         images_kwargs = {**kwargs.get("images_kwargs", {}), **kwargs}
-        self._budgets(images_kwargs.get("num_visual_tokens"), num_images)
+        self._scales(images_kwargs.get("num_visual_tokens"), num_images)
         if images_kwargs.get("image_grid_pinpoints") is not None:
             check_pinpoints(images_kwargs["image_grid_pinpoints"], self._tile_size)
         if text is not None:
@@ -161,19 +159,19 @@ class M3LlavaProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The placeholders of one image."""
-        sizes = image_inputs.get("image_sizes")
-        size = None if sizes is None else tuple(int(edge) for edge in sizes[image_idx])
         scale = int(image_inputs["num_visual_tokens"][image_idx])
-        return self.image_token * self._count(scale, size, kwargs.get("image_grid_pinpoints"))
+        return self.image_token * self.image_layout(image_inputs, image_idx).count(scale)
 
-    @property
-    def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "num_visual_tokens"]
+    def image_layout(self, image_inputs: dict, image_idx: int) -> ImageLayout:
+        """How the model lays out one of the images that the image processor prepared."""
+        if image_inputs.get("image_sizes") is None:
+            return self._layout(None, None)
+        return self._layout(*(image_inputs[name][image_idx] for name in ("image_tile_grids", "image_sizes")))
 
     def _process_images(
         self, images: ImageInput, num_visual_tokens: int | list[int] | None = None, **kwargs: Any
     ) -> tuple[dict, list[str]]:
-        budgets = self._budgets(num_visual_tokens, len(make_flat_list_of_images(images)))
+        scales = self._scales(num_visual_tokens, len(make_flat_list_of_images(images)))
         if kwargs.get("image_grid_pinpoints") is None:  # to the image processor, None is a value of its own
             kwargs.pop("image_grid_pinpoints", None)
         image_inputs = self.image_processor(images, **kwargs)
@@ -183,12 +181,9 @@ class M3LlavaProcessor(ProcessorMixin):
                 f"The images were prepared as views of {view_size} pixels, but the model sees views of "
                 f"{(self._tile_size, self._tile_size)}. Do not override how images are resized, cropped or padded."
             )
-        image_inputs["num_visual_tokens"] = budgets
-        pinpoints = kwargs.get("image_grid_pinpoints")
-        if pinpoints is not None and pinpoints != self._pinpoints:
-            image_inputs["image_tile_grids"] = [self._grid(size, pinpoints) for size in image_inputs["image_sizes"]]
-        replacements = [self.replace_image_token(image_inputs, index, **kwargs) for index in range(len(budgets))]
-        return image_inputs, replacements
+        image_inputs["num_visual_tokens"] = scales
+        image_inputs.setdefault("image_tile_grids", [[0, 0]] * len(scales))  # CLIP's own image processor cuts none
+        return image_inputs, [self.replace_image_token(image_inputs, index) for index in range(len(scales))]
 
     def _get_num_multimodal_tokens(
         self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
@@ -196,36 +191,24 @@ class M3LlavaProcessor(ProcessorMixin):
         """What images of these (height, width) cost, for serving engines: placeholders, and one entry of pixels each."""
         if image_sizes is None:
             return MultiModalData()
-        budgets = self._budgets(kwargs.get("num_visual_tokens"), len(image_sizes))
-        counts = [
-            self._count(scale, tuple(size), kwargs.get("image_grid_pinpoints"))
-            for scale, size in zip(budgets, image_sizes)
-        ]
+        scales = self._scales(kwargs.get("num_visual_tokens"), len(image_sizes))
+        pinpoints = kwargs.get("image_grid_pinpoints") or getattr(self.image_processor, "image_grid_pinpoints", None)
+        grids = [pinpoints and tile_grid(size, pinpoints, self._tile_size) for size in image_sizes]
+        counts = [self._layout(*facts).count(scale) for *facts, scale in zip(grids, image_sizes, scales)]
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
     @property
     def _tile_size(self) -> int:
         return self.image_processor.crop_size["height"]
 
-    @property
-    def _pinpoints(self) -> list | None:
-        return getattr(self.image_processor, "image_grid_pinpoints", None)  # CLIP's own image processor has none
-
-    def _budgets(self, num_visual_tokens: int | list[int] | None, num_images: int) -> list[int]:
+    def _scales(self, num_visual_tokens: int | list[int] | None, num_images: int) -> list[int]:
         if num_visual_tokens is None:
             num_visual_tokens = self.num_visual_tokens
         return check_num_visual_tokens(num_visual_tokens, self.visual_token_scales, num_images)
 
-    def _grid(self, size: tuple[int, int], image_grid_pinpoints: list | None) -> tuple[int, int] | None:
-        pinpoints = self._pinpoints if image_grid_pinpoints is None else image_grid_pinpoints
-        if pinpoints is None:
-            return None
-        return tile_grid(tuple(int(edge) for edge in size), pinpoints, self._tile_size)
-
-    def _count(self, scale: int, size: tuple[int, int] | None, image_grid_pinpoints: list | None) -> int:
-        class_tokens = int(self.vision_feature_select_strategy == "full")
-        grid = self._grid(size, image_grid_pinpoints)
-        return count_visual_tokens(scale, grid, size, self.patch_merge_type, class_tokens)
+    def _layout(self, grid: Any, size: Any) -> ImageLayout:
+        grid, size = (facts if facts is None else tuple(map(int, facts)) for facts in (grid, size))
+        return ImageLayout(grid, size, self.patch_merge_type, keeps_class_token(self.vision_feature_select_strategy))
 
 
 __all__ = ["M3LlavaProcessor"]

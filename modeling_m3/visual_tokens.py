@@ -14,17 +14,18 @@
 """How many visual tokens an image has, and how they are made: the one source for both.
 
 The processor asks this module how many placeholders an image needs; the model asks it for the features themselves. Both
-go through the same two steps, so they cannot disagree:
+hold an `ImageLayout`, so they cannot disagree:
 
 1. every tile (a square view of the image) is pooled from its `side * side` grid to one of the *scales* (paper section 3);
-2. the pooled tiles of an image are merged into one sequence (`patch_merge_type` of LLaVA-NeXT).
+2. the pooled tiles of an image are merged into one sequence, as its layout says (`patch_merge_type` of LLaVA-NeXT).
 
 Sizes, resolutions and grids are (height, width) or (rows, columns) throughout; the original code has (width, height).
 Tensor shapes use: t tiles of one image, n tokens per tile, d hidden size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -34,11 +35,102 @@ MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 SELECT_STRATEGIES = ("default", "full")
 
 
-def default_scales(side: int) -> list[int]:
+@dataclass(frozen=True)
+class ImageLayout:
+    """What decides how many visual tokens an image has and in which order they stand, at every scale.
+
+    Args:
+        grid: (rows, columns) of tiles that follow the base view, (0, 0) where none do; None: an image that is one view.
+        size: (height, width) of the original image in pixels; needed where a grid is unpadded.
+        merge_type: one of `MERGE_TYPES`.
+        keeps_class_token: whether every tile has one token more than its scale.
+    """
+
+    grid: tuple[int, int] | None
+    size: tuple[int, int] | None
+    merge_type: str
+    keeps_class_token: bool = False
+
+    @property
+    def num_tiles(self) -> int:
+        """How many tiles the vision tower sees: the base view and the grid's."""
+        return 1 if self.grid is None else 1 + self.grid[0] * self.grid[1]
+
+    def count(self, scale: int) -> int:
+        """The number of visual tokens at `scale` tokens per tile, i.e. how many placeholders the prompt needs."""
+        if self.grid is None or self.merge_type != "spatial_unpad":
+            return self.num_tiles * (scale + self.keeps_class_token)
+        if self.grid == (0, 0):
+            return scale + 1
+        rows, columns = self._kept_rows_and_columns(math.isqrt(scale))
+        return scale + len(rows) * (len(columns) + 1)
+
+    def merge(self, features: torch.Tensor, newline: torch.Tensor | None = None) -> torch.Tensor:
+        """The pooled tiles as one sequence: the base view first, then the grid.
+
+        "flat" keeps tile after tile; "spatial" reads the grid row by row across its tiles; "spatial_unpad" does so after
+        cutting off the rows and columns that are padding, and ends every row with `newline`. At coarse scales nothing
+        may be left of the grid. Source: the original's `prepare_inputs_labels_for_multimodal` and `unpad_image`.
+
+        Args:
+            features: (t, n, d).
+            newline: (d,), needed by "spatial_unpad".
+
+        Returns:
+            (`count(scale)`, d).
+
+        Raises:
+            ValueError: if "spatial_unpad" has no `newline`, or no size, to unpad a grid with.
+        """
+        t, n, d = features.shape
+        if self.grid is None or self.merge_type == "flat":
+            return features.reshape(t * n, d)
+        if self.grid == (0, 0):
+            return features[0] if newline is None else torch.cat([features[0], newline[None]])
+        side = math.isqrt(n)
+        tiles = features[1:].reshape(*self.grid, side, side, d)
+        canvas = tiles.transpose(1, 2).reshape(self.grid[0] * side, self.grid[1] * side, d)
+        if self.merge_type == "spatial_unpad":
+            if newline is None:
+                raise ValueError(
+                    'patch_merge_type="spatial_unpad" needs an image_newline, which a model has if its configuration has '
+                    "image_grid_pinpoints. Set them there, or use another patch_merge_type."
+                )
+            rows, columns = self._kept_rows_and_columns(side)
+            canvas = canvas[rows.start : rows.stop, columns.start : columns.stop]
+            canvas = torch.cat([canvas, newline.expand(len(rows), 1, d)], dim=1)
+        return torch.cat([features[0], canvas.reshape(-1, d)])
+
+    def _kept_rows_and_columns(self, side: int) -> tuple[range, range]:
+        """The rows and columns of the canvas of pooled tokens that show the image and not its padding.
+
+        `int(x)` floors as the original does; transformers rounds to 7 digits first, which gives other counts.
+        """
+        if self.size is None:
+            raise ValueError("The tiles of an image are unpadded by its size: pass the processor's image_sizes.")
+        rows, columns = self.grid[0] * side, self.grid[1] * side
+        height, width = self.size
+        if width / height > columns / rows:
+            padding = (rows - int(height * (columns / width))) // 2
+            return range(padding, rows - padding), range(columns)
+        padding = (columns - int(width * (rows / height))) // 2
+        return range(rows), range(padding, columns - padding)
+
+
+def keeps_class_token(select_strategy: str) -> bool:
+    """Whether a `vision_feature_select_strategy` keeps the class token. Raises `ValueError` for an unknown one."""
+    check_choice("vision_feature_select_strategy", select_strategy, SELECT_STRATEGIES)
+    return select_strategy == "full"
+
+
+def default_scales(side: int, with_class_token: bool = False) -> list[int]:
     """The paper's scales for a grid of `side * side` patches: 2x2 pooling while the side is even, then one token.
 
-    `[1, 9, 36, 144, 576]` for CLIP-ViT-L/14-336, whose side is 24 (paper section 4.1).
+    `[1, 9, 36, 144, 576]` for CLIP-ViT-L/14-336, whose side is 24 (paper section 4.1). Only the finest with a class token,
+    which cannot be pooled.
     """
+    if with_class_token:
+        return [side * side]
     sides = [side]
     while sides[-1] % 2 == 0:
         sides.append(sides[-1] // 2)
@@ -68,12 +160,15 @@ def check_scales(scales: Sequence[int], side: int) -> None:
 
 
 def check_num_visual_tokens(
-    num_visual_tokens: int | list[int] | None, scales: Sequence[int], num_images: int
+    num_visual_tokens: int | list[int] | None,
+    scales: Sequence[int],
+    num_images: int,
+    name: str = "num_visual_tokens",
 ) -> list[int]:
     """One scale per image from what a caller may pass: an int for all, a list with one per image, None for the finest.
 
-    Raises `ValueError` that names the value and the allowed scales. The original rounds such values silently: 100 becomes
-    144, 200 becomes 576.
+    Raises `ValueError` that gives the value by `name` and the allowed scales. The original rounds such values silently: 100
+    becomes 144, 200 becomes 576.
     """
     if num_visual_tokens is None:
         return [max(scales)] * num_images
@@ -81,8 +176,8 @@ def check_num_visual_tokens(
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int) or value not in scales:
             raise ValueError(
-                f"num_visual_tokens={num_visual_tokens!r}: {value!r} is not a number of visual tokens this checkpoint "
-                f"offers. Pass one of {sorted(scales)} for all images, or a list with one of them per image."
+                f"{name}={num_visual_tokens!r}: {value!r} is not a number of visual tokens this checkpoint "
+                f"offers. Choose from {sorted(scales)}."
             )
     if not isinstance(num_visual_tokens, list):
         return values * num_images
@@ -134,84 +229,44 @@ def tile_grid(
     return height // tile_size, width // tile_size
 
 
-def num_tiles(grid: tuple[int, int] | None) -> int:
-    """How many tiles the vision tower sees: the base view and the grid's. `None`: an image that is one view, not cut."""
-    return 1 if grid is None else 1 + grid[0] * grid[1]
-
-
 def split_tiles(
-    pixel_values: torch.Tensor | list[torch.Tensor],
-    tile_size: int,
-    image_sizes: Sequence[Sequence[int]] | None = None,
-    image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
-    image_tile_grids: Sequence[Sequence[int]] | None = None,
+    pixel_values: torch.Tensor | list[torch.Tensor], image_tile_grids: Sequence[Sequence[int]] | None
 ) -> tuple[list[torch.Tensor], list[tuple[int, int] | None]]:
     """The tiles of each image, without the padding of the batch, and how they are arranged.
 
     Args:
         pixel_values: (images, channels, height, width), one view per image; or (images, tiles, channels, height, width)
             with zeros after an image's last tile; or a list with one such tensor per image.
-        tile_size: side of a tile in pixels.
-        image_sizes: (height, width) of the original images in pixels.
-        image_grid_pinpoints: (height, width) pairs the tiles were cut from.
-        image_tile_grids: (rows, columns) of tiles of every image, in place of the two above.
+        image_tile_grids: (rows, columns) of tiles of every image, (0, 0) for one view.
 
     Returns:
-        One (t, channels, height, width) per image, and its grid as `num_tiles` takes it.
+        One (t, channels, height, width) per image, and its grid as `ImageLayout` takes it.
 
     Raises:
         ValueError: for pixels of another shape, tiles without a word on their grid, and tiles that are not the grid's.
     """
     images = list(pixel_values)
-    if images[0].ndim == 3:
-        return [image[None] for image in images], [None] * len(images)
-    if images[0].ndim != 4:
+    if images[0].ndim not in (3, 4):
         raise ValueError(
             f"pixel_values of one image have the shape {tuple(images[0].shape)}: expected (channels, height, width), "
             "or (tiles, channels, height, width)."
         )
-    if all(len(image) == 1 for image in images):
-        return images, [(0, 0)] * len(images)
-    if image_tile_grids is None:
-        if image_sizes is None or image_grid_pinpoints is None:
-            raise ValueError(
-                "pixel_values hold several tiles per image: pass the processor's image_sizes, and image_grid_pinpoints "
-                "where the configuration has none."
-            )
-        image_tile_grids = [tile_grid(size, image_grid_pinpoints, tile_size) for size in image_sizes]
-    grids = [tuple(grid) for grid in image_tile_grids]
-    counts = [num_tiles(grid) for grid in grids]
-    if len(counts) != len(images) or any(len(image) < count for image, count in zip(images, counts)):
+    is_one_view = images[0].ndim == 3
+    tiles = [image[None] for image in images] if is_one_view else images
+    held = [len(image) for image in tiles]
+    if image_tile_grids is None and set(held) != {1}:
         raise ValueError(
-            f"pixel_values hold {[len(image) for image in images]} tiles, but image_sizes and the grid pinpoints say "
-            f"{counts}. Were the images prepared with other image_grid_pinpoints? Then pass those, or the "
-            "processor's image_tile_grids."
+            "pixel_values hold several tiles per image: pass the processor's image_tile_grids, or image_sizes and the "
+            "image_grid_pinpoints that they were cut by."
         )
-    return [image[:count] for image, count in zip(images, counts)], grids
-
-
-def count_visual_tokens(
-    scale: int,
-    grid: tuple[int, int] | None,
-    image_size: tuple[int, int] | None,
-    patch_merge_type: str,
-    num_additional_tokens: int = 0,
-) -> int:
-    """The number of tokens `merge_tiles` makes of an image, i.e. how many placeholders its prompt needs.
-
-    Args:
-        scale: tokens per tile after pooling.
-        grid: (rows, columns) of tiles, or None for an image that is not cut into tiles.
-        image_size: (height, width) of the original image in pixels; needed where a grid is unpadded.
-        patch_merge_type: one of `MERGE_TYPES`.
-        num_additional_tokens: tokens per tile that are not of the grid: 1 where the class token is kept.
-    """
-    if grid is None or patch_merge_type != "spatial_unpad":
-        return num_tiles(grid) * (scale + num_additional_tokens)
-    if grid == (0, 0):
-        return scale + 1
-    rows, columns = _kept_rows_and_columns(grid, math.isqrt(scale), image_size)
-    return scale + len(rows) * (len(columns) + 1)
+    grids = [(0, 0)] * len(tiles) if image_tile_grids is None else [tuple(grid) for grid in image_tile_grids]
+    counts = [1 + rows * columns for rows, columns in grids]
+    if len(counts) != len(tiles) or any(n < count for n, count in zip(held, counts)):
+        raise ValueError(
+            f"pixel_values hold {held} tiles, but by image_tile_grids, or by image_sizes and image_grid_pinpoints, they "
+            f"should be {counts}. Pass all that the processor returned."
+        )
+    return [image[:count] for image, count in zip(tiles, counts)], [None] * len(grids) if is_one_view else grids
 
 
 def pool_tiles(features: torch.Tensor, scale: int, sampling: str = "average") -> torch.Tensor:
@@ -229,21 +284,14 @@ def pool_tiles(features: torch.Tensor, scale: int, sampling: str = "average") ->
         (t, scale, d).
 
     Raises:
-        ValueError: if the tiles are not square grids (a class token was kept) or `scale` is not one of theirs.
+        ValueError: if the tiles are not square grids or `scale` is not one of theirs.
     """
     t, n, d = features.shape
     if scale == n:
         return features
     side = math.isqrt(n)
-    if side * side != n:
-        raise ValueError(
-            f"Tiles of {n} tokens are not a square grid, so they cannot be pooled to {scale}: the class token is kept "
-            '(vision_feature_select_strategy="full"). Use "default", or the finest scale only.'
-        )
-    if scale not in possible_scales(side):
-        raise ValueError(
-            f"A {side}x{side} grid of tokens cannot be pooled to {scale}: choose from {possible_scales(side)}."
-        )
+    if side * side != n or scale not in possible_scales(side):
+        raise ValueError(f"Tiles of {n} tokens cannot be pooled to {scale}: choose from {possible_scales(side)}.")
     if sampling == "sequential":
         return features[:, :scale]
     window = side // math.isqrt(scale)
@@ -252,59 +300,13 @@ def pool_tiles(features: torch.Tensor, scale: int, sampling: str = "average") ->
     return pooled.reshape(t, scale, d)
 
 
-def merge_tiles(
-    features: torch.Tensor,
-    grid: tuple[int, int] | None,
-    image_size: tuple[int, int] | None,
-    patch_merge_type: str,
-    image_newline: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Lays the pooled tiles of one image out as one sequence: the base view first, then the grid.
-
-    "flat" keeps tile after tile; "spatial" reads the grid row by row across its tiles; "spatial_unpad" does so after
-    cutting off the rows and columns that are padding, and ends every row with `image_newline`. At coarse scales nothing
-    may be left of the grid. Source: the original's `prepare_inputs_labels_for_multimodal` and `unpad_image`.
+def expand_placeholders(input_ids: Sequence[int], image_token_id: int, counts: Iterable[int]) -> list[int]:
+    """Where each token comes from once every image's mark is as many placeholders: indices into `input_ids`.
 
     Args:
-        features: (t, n, d).
-        grid: (rows, columns) of tiles; None for an image that is one view; (0, 0) for a base view without a grid.
-        image_size: (height, width) of the original image in pixels.
-        image_newline: (d,), needed by "spatial_unpad".
-
-    Returns:
-        (`count_visual_tokens(...)`, d).
-
-    Raises:
-        ValueError: if "spatial_unpad" is given no `image_newline` to unpad a grid with.
+        input_ids: of a prompt with one mark per image.
+        image_token_id: the mark's, and the placeholder's.
+        counts: the number of placeholders of each image, in reading order.
     """
-    t, n, d = features.shape
-    if grid is None or patch_merge_type == "flat":
-        return features.reshape(t * n, d)
-    if grid == (0, 0):
-        return features[0] if image_newline is None else torch.cat([features[0], image_newline[None]])
-    side = math.isqrt(n)
-    canvas = features[1:].reshape(*grid, side, side, d).transpose(1, 2).reshape(grid[0] * side, grid[1] * side, d)
-    if patch_merge_type == "spatial_unpad":
-        if image_newline is None:
-            raise ValueError(
-                'patch_merge_type="spatial_unpad" needs an image_newline, which a model has if its configuration has '
-                "image_grid_pinpoints. Set them there, or use another patch_merge_type."
-            )
-        rows, columns = _kept_rows_and_columns(grid, side, image_size)
-        canvas = canvas[rows.start : rows.stop, columns.start : columns.stop]
-        canvas = torch.cat([canvas, image_newline.expand(len(rows), 1, d)], dim=1)
-    return torch.cat([features[0], canvas.reshape(-1, d)])
-
-
-def _kept_rows_and_columns(grid: tuple[int, int], side: int, image_size: tuple[int, int]) -> tuple[range, range]:
-    """The rows and columns of the canvas of pooled tokens that show the image and not its padding.
-
-    `int(x)` floors as the original does; transformers rounds to 7 digits first, which gives other counts.
-    """
-    rows, columns = grid[0] * side, grid[1] * side
-    height, width = image_size
-    if width / height > columns / rows:
-        padding = (rows - int(height * (columns / width))) // 2
-        return range(padding, rows - padding), range(columns)
-    padding = (columns - int(width * (rows / height))) // 2
-    return range(rows), range(padding, columns - padding)
+    counts = iter(counts)
+    return [i for i, token in enumerate(input_ids) for _ in range(next(counts) if token == image_token_id else 1)]

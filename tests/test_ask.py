@@ -55,7 +55,8 @@ def test_it_streams_as_a_command(converted):
     (["nothing.png", "?"], "There is no picture at nothing.png"),
     ([__file__, "?"], "Cannot read .*test_ask.py as a picture"),
     ([PICTURE, "?", "--num-visual-tokens", "100"], r"100.*\[1, 9, 36, 144, 576\]"),
-    ([PICTURE, "?", "--device", "abacus"], "--device abacus"),
+    ([PICTURE, "?", "--device", "abacus"], "abacus"),
+    ([PICTURE, "?", "--device", "cuda:99"], "cannot use 'cuda:99' here"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(arguments, message, converted):
     result = run(*arguments, "--model", converted["llava15-m3"])

@@ -97,13 +97,11 @@ def test_loading_leaves_no_tensor_on_meta_and_no_buffer_uninitialised(cls, kwarg
 
 
 @pytest.mark.parametrize(("device_map", "named"), [
-    ("cuda", "asks for GPU 0, but torch finds 0"),
-    ("cuda:3", "asks for GPU 3"),
-    ({"": 1}, "asks for GPU 1"),
-    ({"model": "cpu", "lm_head": torch.device("cuda", 2)}, "asks for GPU 2"),
+    ("cuda:93", "cannot use 'cuda:93' here"),
+    ({"": 91}, "cannot use 91 here"),
+    ({"model": "cpu", "lm_head": torch.device("cuda", 92)}, r"cannot use device\(type='cuda', index=92\) here"),
 ])  # fmt: skip
-def test_a_gpu_that_is_not_there(device_map, named, saved, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+def test_a_gpu_that_is_not_there(device_map, named, saved):
     with pytest.raises(ValueError, match=named) as error:
         AutoModelForImageTextToText.from_pretrained(saved[1], device_map=device_map)
     assert 'device_map="auto"' in str(error.value)
@@ -276,4 +274,4 @@ def test_m3_ask_on_devices(tmp_path):
     if not torch.cuda.is_available():
         result = CliRunner().invoke(app, [*question, "--device", "cuda"])
         assert result.exit_code == 1
-        assert re.fullmatch(r"m3-ask: Cannot run on --device cuda: .*\n", result.stderr)
+        assert re.fullmatch(r"m3-ask: .*cannot use 'cuda' here .*\n", result.stderr)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import modeling_m3
 from benchmarks import peers
 from modeling_m3 import M3LlavaForConditionalGeneration
-from modeling_m3.generation_m3 import CACHE_NAME
+from modeling_m3.outputs_m3 import CACHE_NAME
 
 
 KINDS = ("flat", "anyres")

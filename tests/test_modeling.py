@@ -156,10 +156,12 @@ def test_a_mixed_call_equals_single_calls():
     tiles = [torch.randn(count, 3, 24, 24, generator=generator) for count in counts]
     padded = torch.nn.utils.rnn.pad_sequence(tiles, batch_first=True)
     with torch.no_grad():
-        mixed = model.get_image_features(padded, torch.tensor(sizes), torch.tensor([1, 36, 144])).pooler_output
-        as_list = model.get_image_features(tiles, sizes, [1, 36, 144]).pooler_output
+        scales = torch.tensor([1, 36, 144])
+        mixed = model.get_image_features(padded, torch.tensor(sizes), num_visual_tokens=scales).pooler_output
+        as_list = model.get_image_features(tiles, sizes, num_visual_tokens=scales.tolist()).pooler_output
         for index, scale in enumerate((1, 36, 144)):
-            [single] = model.get_image_features(tiles[index][None], [sizes[index]], scale).pooler_output
+            alone = tiles[index][None], [sizes[index]]
+            [single] = model.get_image_features(*alone, num_visual_tokens=scale).pooler_output
             torch.testing.assert_close(mixed[index], single)
             torch.testing.assert_close(as_list[index], single)
 

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from m3_conversion.mapping import CHECKPOINT_KEYS, remap_key
 from modeling_m3 import M3LlavaForConditionalGeneration, objective_m3
-from modeling_m3.visual_tokens import count_visual_tokens, num_tiles, tile_grid
+from modeling_m3.visual_tokens import tile_grid
 
 
 TRAIN = json.loads((GOLDENS / "expected" / "train.llava15-m3.json").read_text(encoding="utf-8"))
@@ -135,16 +135,15 @@ def tiny_model(**overrides):
 def tiny_batch(config, rows, scale, padding_side="right"):
     """What a processor makes of such prompts at a scale. Every text token is to be predicted but a row's first."""
     generator = torch.Generator().manual_seed(1)
-    ids, grids, sizes = [], [], []
+    ids, layouts, sizes = [], [], []
     for row in rows:
         ids.append(torch.empty(0, dtype=torch.long))
         for part in row:
             if part is None:
                 sizes.append(SIZES[len(sizes) % len(SIZES)])
                 pinpoints = config.image_grid_pinpoints
-                grids.append(pinpoints and tile_grid(sizes[-1], pinpoints, 24))
-                length = count_visual_tokens(scale, grids[-1], sizes[-1], config.patch_merge_type)
-                new = torch.full((length,), config.image_token_id)
+                layouts.append(config.image_layout(pinpoints and tile_grid(sizes[-1], pinpoints, 24), sizes[-1]))
+                new = torch.full((layouts[-1].count(scale),), config.image_token_id)
             else:
                 new = torch.randint(3, 90, (part,), generator=generator)
             ids[-1] = torch.cat([ids[-1], new])
@@ -159,7 +158,7 @@ def tiny_batch(config, rows, scale, padding_side="right"):
     labels = labels.masked_fill(input_ids == config.image_token_id, -100)
     batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
     if sizes:
-        tiles = [torch.randn(num_tiles(grid), 3, 24, 24, generator=generator) for grid in grids]
+        tiles = [torch.randn(layout.num_tiles, 3, 24, 24, generator=generator) for layout in layouts]
         pixels = torch.nn.utils.rnn.pad_sequence(tiles, batch_first=True)
         batch |= {
             "pixel_values": pixels[:, 0] if config.image_grid_pinpoints is None else pixels,

@@ -32,7 +32,7 @@ def without_pixels(inputs):
 
 def encode(model, inputs):
     with torch.no_grad():
-        return model.encode_images(inputs["pixel_values"], inputs.get("image_sizes"))
+        return model.encode_images(inputs["pixel_values"], inputs.get("image_sizes"), inputs.get("image_tile_grids"))
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

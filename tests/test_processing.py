@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-from modeling_m3 import M3LlavaImageProcessorPil, M3LlavaModel, M3LlavaProcessor
+from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaImageProcessorPil, M3LlavaModel, M3LlavaProcessor
 from modeling_m3.visual_tokens import MERGE_TYPES
 
 
@@ -85,7 +85,8 @@ def test_outputs(loaded):
     _, processor = loaded["llava15-m3"]
     image = picture("photo_400x266.png")
     inputs = processor(images=image, text=PROMPT, num_visual_tokens=36, return_tensors="pt")
-    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "num_visual_tokens"}
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "image_tile_grids", "num_visual_tokens"}
+    assert inputs["image_tile_grids"].tolist() == [[0, 0]]
     assert inputs["num_visual_tokens"].dtype == torch.int64
     assert inputs["num_visual_tokens"].tolist() == [36]
     assert count(inputs, processor) == [36]
@@ -94,7 +95,9 @@ def test_outputs(loaded):
     inputs = processor(
         images=[image, image], text=[PROMPT, PROMPT], num_visual_tokens=[1, 9], return_tensors="pt", padding=True
     )
-    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "image_sizes", "num_visual_tokens"}
+    assert set(inputs) == {
+        *("input_ids", "attention_mask", "pixel_values", "image_sizes", "image_tile_grids", "num_visual_tokens")
+    }
     assert inputs["num_visual_tokens"].tolist() == [1, 9]
     assert inputs["image_sizes"].tolist() == [[266, 400]] * 2
 
@@ -103,7 +106,7 @@ def test_text_alone_and_images_alone(loaded):
     _, processor = loaded["llava15-m3"]
     assert set(processor(text="USER: Hello ASSISTANT:", return_tensors="pt")) == {"input_ids", "attention_mask"}
     only_images = processor(images=picture("photo_400x266.png"), num_visual_tokens=9, return_tensors="pt")
-    assert set(only_images) == {"pixel_values", "num_visual_tokens"}
+    assert set(only_images) == {"pixel_values", "image_tile_grids", "num_visual_tokens"}
 
 
 def test_the_budget_of_one_call_leaves_the_next_alone(loaded):
@@ -215,6 +218,41 @@ def test_pinpoints_can_be_given_per_call(loaded):
         model(**inputs, image_grid_pinpoints=[[1008, 1008]])
         with pytest.raises(ValueError, match="image_tile_grids"):
             model(**inputs)
+
+
+@pytest.mark.parametrize("merge_type", MERGE_TYPES)
+def test_the_grid_travels_from_the_image_processor_to_the_model(merge_type):
+    """The model's own pinpoints, which would cut the picture the other way, have no say."""
+    processor = tiny_processor(merge_type, [[24, 48]])
+    inputs = processor(
+        images=Image.new("RGB", (40, 40)), text="look <image> .", num_visual_tokens=36, return_tensors="pt"
+    )
+    assert inputs["image_tile_grids"].tolist() == [[1, 2]] and inputs["image_tile_grids"].dtype == torch.long
+    inputs.pop("token_type_ids", None)
+    inputs["pixel_values"] = torch.randn(inputs["pixel_values"].shape, generator=torch.Generator().manual_seed(0))
+    logits = []
+    for pinpoints in ([[24, 48]], [[48, 24]]):
+        torch.manual_seed(0)
+        config = tiny_config(
+            patch_merge_type=merge_type, image_grid_pinpoints=pinpoints, image_token_id=processor.image_token_id
+        )
+        with torch.no_grad():
+            logits.append(M3LlavaForConditionalGeneration(config).eval()(**inputs).logits)
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"image_tile_grids": torch.tensor([[2, 2]])}, r"hold \[3\] tiles, but .* should be \[5\]"),
+    ({"image_tile_grids": torch.tensor([[1, 2], [1, 2]])}, r"should be \[3, 3\]"),
+    ({"image_tile_grids": None, "image_sizes": None}, "image_tile_grids"),
+    ({"image_sizes": None}, "image_sizes"),
+    ({"pixel_values": torch.zeros(1, 3, 24, 24)}, r"hold \[1\] tiles"),
+])  # fmt: skip
+def test_a_picture_whose_facts_contradict_each_other_is_refused(change, message):
+    inputs = PROCESSORS["spatial_unpad"](images=Image.new("RGB", (48, 24)), return_tensors="pt")
+    assert inputs["image_tile_grids"].tolist() == [[1, 2]]
+    with pytest.raises(ValueError, match=message):
+        MODELS["spatial_unpad"].get_image_features(**{**inputs, **change})
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_the_card_says_what_the_folder_is(kind, tag, words, tmp_path):
 
 
 def test_an_unknown_kind_of_4_bits_is_refused(tiny):
-    with pytest.raises(ValueError, match="bnb_4bit_quant_type='nf5' must be one of 'nf4', 'fp4'"):
+    with pytest.raises(ValueError, match="bnb_4bit_quant_type='nf5' must be 'nf4' or 'fp4'"):
         load(tiny[1], load_in_4bit=True, bnb_4bit_quant_type="nf5")
 
 

@@ -193,7 +193,7 @@ def test_a_finished_run_is_not_run_again(converted, tmp_path, capsys):
         ({"data_path": "none.json"}, "There is no data file none.json."),
         ({}, "data_path is missing"),
         ({"image_folder": "none"}, "image_folder=none is no folder."),
-        ({"matryoshka_scales": "7"}, "matryoshka_scales=[7]: give distinct numbers"),
+        ({"matryoshka_scales": "7"}, "matryoshka_scales=[7]: 7 is not a number of visual tokens"),
         ({"model_name_or_path": "./none"}, "none is not a folder"),
     ],
 )

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_m3 import visual_tokens
+from modeling_m3.visual_tokens import ImageLayout
 
 
 def golden_rows():
@@ -24,7 +25,7 @@ def test_tile_grids_equal_the_original():
         assert visual_tokens.select_resolution(image_size, pinpoints) == tuple(reversed(row["best_resolution"]))
         grid = visual_tokens.tile_grid(image_size, pinpoints, 336)
         assert grid == tuple(reversed(row["grid_wh"]))
-        assert visual_tokens.num_tiles(grid) == row["n_tiles"]
+        assert ImageLayout(grid, image_size, "flat").num_tiles == row["n_tiles"]
 
 
 def test_counts_equal_the_original_at_every_scale_and_merge_type():
@@ -34,7 +35,7 @@ def test_counts_equal_the_original_at_every_scale_and_merge_type():
         for merge_type, counts in row["n_image_tokens"].items():
             for scale, count in counts.items():
                 scale = 576 if scale == "None" else int(scale)
-                assert visual_tokens.count_visual_tokens(scale, grid, image_size, merge_type) == count, (row, scale)
+                assert ImageLayout(grid, image_size, merge_type).count(scale) == count, (row, scale)
                 compared += 1
     assert compared == 2 * 110 * 3 * 6
 
@@ -51,10 +52,10 @@ def test_counts_equal_the_original_at_every_scale_and_merge_type():
 def test_the_model_makes_as_many_tokens_as_are_counted(height, width, scale, merge_type, pinpoints, is_cut):
     size, pinpoints = (height, width), [(336 * rows, 336 * columns) for rows, columns in pinpoints]
     grid = visual_tokens.tile_grid(size, pinpoints, 336) if is_cut else None
-    features = torch.zeros(visual_tokens.num_tiles(grid), scale, 2)
-    merged = visual_tokens.merge_tiles(features, grid, size, merge_type, torch.ones(2))
-    assert len(merged) == visual_tokens.count_visual_tokens(scale, grid, size, merge_type)
-    newlines = visual_tokens.count_visual_tokens(scale, grid, size, merge_type) - len(merged[merged[:, 0] == 0])
+    layout = ImageLayout(grid, size, merge_type)
+    merged = layout.merge(torch.zeros(layout.num_tiles, scale, 2), torch.ones(2))
+    assert len(merged) == layout.count(scale)
+    newlines = layout.count(scale) - len(merged[merged[:, 0] == 0])
     assert (newlines > 0) <= (merge_type == "spatial_unpad" and is_cut)
 
 
@@ -96,23 +97,26 @@ def test_merging_reads_the_grid_row_by_row_across_tiles():
     # Two tiles side by side, each a 2x2 grid numbered by where it stands in the picture.
     base, left, right = [[9.0] * 4, [0.0, 1, 4, 5], [2.0, 3, 6, 7]]
     features = torch.tensor([base, left, right]).unsqueeze(-1)
-    merged = visual_tokens.merge_tiles(features, (1, 2), (24, 48), "spatial")
+    merged = ImageLayout((1, 2), (24, 48), "spatial").merge(features)
     assert merged.flatten().tolist() == [9.0] * 4 + [0, 1, 2, 3, 4, 5, 6, 7]
-    with_newlines = visual_tokens.merge_tiles(features, (1, 2), (24, 48), "spatial_unpad", torch.tensor([-1.0]))
+    with_newlines = ImageLayout((1, 2), (24, 48), "spatial_unpad").merge(features, torch.tensor([-1.0]))
     assert with_newlines.flatten().tolist() == [9.0] * 4 + [0, 1, 2, 3, -1, 4, 5, 6, 7, -1]
-    assert visual_tokens.merge_tiles(features, (1, 2), (24, 48), "flat").flatten().tolist() == base + left + right
+    assert ImageLayout((1, 2), (24, 48), "flat").merge(features).flatten().tolist() == base + left + right
 
 
 def test_a_base_view_alone_ends_with_a_newline_as_in_the_original():
     features, newline = torch.zeros(1, 9, 2), torch.ones(2)
-    merged = visual_tokens.merge_tiles(features, (0, 0), (24, 24), "spatial_unpad", newline)
+    layout = ImageLayout((0, 0), (24, 24), "spatial_unpad")
+    merged = layout.merge(features, newline)
     assert merged[:, 0].tolist() == [0.0] * 9 + [1.0]
-    assert len(merged) == visual_tokens.count_visual_tokens(9, (0, 0), (24, 24), "spatial_unpad")
+    assert len(merged) == layout.count(9)
 
 
-def test_unpadding_needs_a_newline():
+def test_unpadding_needs_a_newline_and_the_size():
     with pytest.raises(ValueError, match="image_newline"):
-        visual_tokens.merge_tiles(torch.zeros(3, 9, 2), (1, 2), (24, 48), "spatial_unpad")
+        ImageLayout((1, 2), (24, 48), "spatial_unpad").merge(torch.zeros(3, 9, 2))
+    with pytest.raises(ValueError, match="image_sizes"):
+        ImageLayout((1, 2), None, "spatial_unpad").count(9)
 
 
 @pytest.mark.parametrize("value", [100, 200, 0, -1, "abc", "36", 36.0, 36.5, True, None.__class__, [36, 100], [[36]]])

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from modeling_m3.visual_tokens import check_choice
+from modeling_m3.visual_tokens import check_num_visual_tokens
 
 from .conversations import TEMPLATES, check_template
 
@@ -48,7 +48,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        check_choice("train", self.train, TRAINED)
+        _check_choice(self, "train")
         if self.trains_nothing_of("language_model") and self.lora:
             raise ValueError("lora trains the language model, which is frozen: leave out lora, or what freezes it.")
         if all(map(self.trains_nothing_of, ("language_model", "projector", "vision_tower"))):
@@ -108,7 +108,7 @@ class M3TrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice("scale_choice", self.scale_choice, SCALE_CHOICES)
+        _check_choice(self, "scale_choice")
         if self.scale_choice == "fixed" and len(self.matryoshka_scales or ()) != 1:
             raise ValueError(
                 f"scale_choice='fixed' needs one scale: matryoshka_scales is {self.matryoshka_scales}, give it one number."
@@ -126,12 +126,16 @@ class M3TrainingArguments(TrainingArguments):
             ValueError: for one that it does not offer, or one given twice.
         """
         scales = list(self.matryoshka_scales or offered)
-        if not set(scales) <= set(offered) or len(set(scales)) != len(scales):
-            raise ValueError(
-                f"matryoshka_scales={scales}: give distinct numbers that the checkpoint offers: {sorted(offered)}. Others "
-                "must be added to visual_token_scales in its config.json and processor_config.json first."
-            )
-        return sorted(scales)
+        if len(set(scales)) != len(scales):
+            raise ValueError(f"matryoshka_scales={scales}: give none twice.")
+        return sorted(check_num_visual_tokens(scales, offered, len(scales), name="matryoshka_scales"))
+
+
+def _check_choice(arguments: Any, name: str) -> None:
+    """As the parser does on a command line, for those who build the arguments themselves."""
+    value, choices = getattr(arguments, name), arguments.__dataclass_fields__[name].metadata["choices"]
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
 
 
 def parse(arguments: Sequence[str]) -> tuple[ModelArguments, DataArguments, M3TrainingArguments]:

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from modeling_m3 import M3LlavaProcessor
+from modeling_m3.visual_tokens import expand_placeholders
 
 from .conversations import IGNORE_INDEX, IMAGE_MARK, check_template, encode
 
@@ -99,8 +100,8 @@ class LlavaDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        """`input_ids` and `labels` of shape (s,); with images `pixel_values` of shape (i, ...), `num_visual_tokens` of
-        shape (i,), and `image_sizes` of shape (i, 2) where they are cut into tiles.
+        """`input_ids` and `labels` of shape (s,); with images also what the image processor returns for them, and
+        `num_visual_tokens` of shape (i,).
 
         Raises:
             BadSampleError: with `strict`, or where a hundred records in a row are bad.
@@ -162,21 +163,22 @@ class LlavaDataset(Dataset):
             marks = encoded.input_ids.count(self.processor.image_token_id)
             if marks != len(images):
                 raise ValueError(f"its text has {marks} {IMAGE_MARK} mark(s) for {len(images)} image(s)")
-            tokens_per_image = self._tokens_per_image(images)
-            input_ids = self._expanded(encoded.input_ids, encoded.input_ids, tokens_per_image)
-            labels = self._expanded(encoded.labels, encoded.input_ids, tokens_per_image)
+            prepared = dict(self.processor.image_processor(images, return_tensors="pt")) if images else {}
+            counts = [self.processor.image_layout(prepared, i).count(self.scale) for i in range(len(images))]
+            sources = expand_placeholders(encoded.input_ids, self.processor.image_token_id, counts)
+            input_ids = [encoded.input_ids[i] for i in sources]
             self._check_length(input_ids)
         except ValueError as error:
             raise BadSampleError(f"{name}: {error}") from error
         sample = {
             "input_ids": torch.tensor(input_ids[: self.max_length]),
-            "labels": torch.tensor(labels[: self.max_length]),
+            "labels": torch.tensor([encoded.labels[i] for i in sources[: self.max_length]]),
+            **prepared,
         }
         if (sample["labels"] == IGNORE_INDEX).all():
             reason = encoded.mismatch or f"it has no answer within max_length={self.max_length}"
             self._note(index, _UNSUPERVISED, f"{name}: {reason}. Nothing of it is supervised.")
         if images:
-            sample |= self.processor.image_processor(images, return_tensors="pt")
             sample["num_visual_tokens"] = torch.full((len(images),), self.scale)
         return sample
 
@@ -193,20 +195,6 @@ class LlavaDataset(Dataset):
                 return opened.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-
-    def _tokens_per_image(self, images: list[Image.Image]) -> list[int]:
-        sizes = [(image.height, image.width) for image in images]
-        counts = self.processor._get_num_multimodal_tokens(image_sizes=sizes, num_visual_tokens=self.scale)
-        return counts["num_image_tokens"] if images else []
-
-    def _expanded(self, values: list[int], input_ids: list[int], tokens_per_image: list[int]) -> list[int]:
-        """`values`, one per token of `input_ids`, with those of the placeholders repeated."""
-        counts = iter(tokens_per_image)
-        return [
-            value
-            for value, token in zip(values, input_ids)
-            for _ in range(next(counts) if token == self.processor.image_token_id else 1)
-        ]
 
     def _check_length(self, input_ids: list[int]) -> None:
         if self.processor.image_token_id in input_ids[self.max_length :]:
@@ -227,7 +215,7 @@ class Collator:
     def __call__(self, samples: Sequence[Sample]) -> Sample:
         """`input_ids`, `labels` and `attention_mask` of shape (b, s); the images of all rows one after the other:
         `pixel_values` of shape (i, c, h, w) or (i, most t, c, h, w) with zeros after an image's last tile,
-        `num_visual_tokens` of shape (i,), `image_sizes` of shape (i, 2)."""
+        `num_visual_tokens` of shape (i,), `image_tile_grids` and `image_sizes` of shape (i, 2)."""
         lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
         batch = {
             name: pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=value)
@@ -237,7 +225,7 @@ class Collator:
         with_images = [sample for sample in samples if "pixel_values" in sample]
         if with_images:
             batch["pixel_values"] = _cat_tiles([sample["pixel_values"] for sample in with_images])
-            for name in ("image_sizes", "num_visual_tokens"):
+            for name in ("image_sizes", "image_tile_grids", "num_visual_tokens"):
                 if name in with_images[0]:
                     batch[name] = torch.cat([sample[name] for sample in with_images])
         return batch

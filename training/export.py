@@ -9,9 +9,8 @@ import transformers
 from transformers import GenerationConfig
 
 from m3_conversion.card import model_card
-from m3_conversion.convert import write_all_but_weights
 from m3_conversion.original import local_folder
-from m3_conversion.writer import new_folder
+from m3_conversion.writer import new_folder, write_other_files
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
 
 from .arguments import DataArguments, ModelArguments
@@ -47,7 +46,7 @@ def export(
         )
         with new_folder(destination, overwrite=False) as folder:
             _on_cpu(config, weights, model_arguments).save_pretrained(folder, max_shard_size="5GB")
-            write_all_but_weights(folder, config, trainer.processing_class, _generation_config(source, config), card)
+            write_other_files(folder, config, trainer.processing_class, _generation_config(source, config), card)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaProcessor
+from modeling_m3.visual_tokens import expand_placeholders
 
 from .scenes import Question
 
@@ -149,11 +150,11 @@ def _prompt(processor: M3LlavaProcessor, question: Question, num_tokens: int) ->
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}
     ]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    text = text.replace(processor.image_token, processor.image_token * num_tokens)
     tokenizer = processor.tokenizer
-    answer = tokenizer(question.answer, add_special_tokens=False)["input_ids"]
-    return tokenizer(text, add_special_tokens=False)["input_ids"], [*answer, tokenizer.eos_token_id]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    ids, answer = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, question.answer))
+    sources = expand_placeholders(ids, processor.image_token_id, [num_tokens])
+    return [ids[i] for i in sources], [*answer, tokenizer.eos_token_id]
 
 
 def _batches(items: Iterable, size: int) -> Iterator[list]:

@@ -14,8 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel, set_seed
 
 from m3_conversion.card import model_card
-from m3_conversion.convert import write_all_but_weights
-from m3_conversion.writer import new_folder
+from m3_conversion.writer import new_folder, write_other_files
 from m3_training.arguments import DataArguments, M3TrainingArguments, ModelArguments
 from m3_training.finetune import finetune
 from modeling_m3 import M3LlavaProcessor
@@ -122,7 +121,7 @@ def prepare(folder: Path, seed: int = 0) -> Path:
     final.parent.mkdir(exist_ok=True)
     with new_folder(final, overwrite=False) as partial:
         model.save_pretrained(partial)
-        write_all_but_weights(partial, model.config, processor, model.generation_config, card)
+        write_other_files(partial, model.config, processor, model.generation_config, card)
     return final
 
 

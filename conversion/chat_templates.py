@@ -2,8 +2,9 @@
 
 A message's content is a string, which may hold `<image>` marks of its own, or a list of parts: then the images come
 first, each as `<image>` and a newline, and the texts after them. A system message at the start takes the place of the
-template's own system sentence. No template starts with `<s>`: the tokenizer adds it. What the assistant said, with the
-token that ends it, stands between `generation` marks, for `return_assistant_tokens_mask`.
+template's own system sentence. Each writes `<s>` first (`BEGINNING`), which engines and tokenizers leave to templates; the
+processor sees to it that there is one. What the assistant said, with the token that ends it, stands between `generation`
+marks, for `return_assistant_tokens_mask`.
 """
 
 from __future__ import annotations
@@ -139,10 +140,11 @@ _CHATML = (
 """
 )
 
+BEGINNING = "{{- bos_token -}}"
 CHAT_TEMPLATES: dict[str, str] = {
-    "vicuna_v1": _VICUNA_V1,
-    "llama_2": _INSTRUCT.replace("DEFAULT_SYSTEM", _LLAMA_2_SYSTEM).replace("TURN_START", "<s>"),
-    "mistral": _INSTRUCT.replace("DEFAULT_SYSTEM", "").replace("TURN_START", ""),
-    "chatml": _CHATML,
+    "vicuna_v1": BEGINNING + _VICUNA_V1,
+    "llama_2": BEGINNING + _INSTRUCT.replace("DEFAULT_SYSTEM", _LLAMA_2_SYSTEM).replace("TURN_START", "<s>"),
+    "mistral": BEGINNING + _INSTRUCT.replace("DEFAULT_SYSTEM", "").replace("TURN_START", ""),
+    "chatml": BEGINNING + _CHATML,
 }
 """The templates of the original's vicuna_v1, llava_llama_2, mistral_instruct and chatml_direct, by our names."""

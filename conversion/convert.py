@@ -21,7 +21,7 @@ from modeling_m3 import (
 )
 
 from .card import model_card
-from .chat_templates import CHAT_TEMPLATES, choose_chat_template
+from .chat_templates import BEGINNING, CHAT_TEMPLATES, choose_chat_template
 from .lora import is_adapter, merged_tensors
 from .mapping import (
     CHECKPOINT_KEYS,
@@ -242,6 +242,8 @@ def build_processor(
 ) -> M3LlavaProcessor:
     """The processor that prepares images and prompts as the original does, with a template of `CHAT_TEMPLATES`."""
     template = CHAT_TEMPLATES[chat_template]
+    if not tokenizer("")["input_ids"]:  # no token begins the original's prompts
+        template = template.removeprefix(BEGINNING)
     if original.get("mm_use_im_start_end"):
         template = template.replace("<image>", "<im_start><image><im_end>")
     image_processor = M3LlavaImageProcessorPil(

@@ -77,9 +77,9 @@ def build_tokenizer(
             "copy the checkpoint's own tokenizer files there"
         )
     added = _AddedTokens(vocabulary, config, model_config, image_token)
-    backend = _build_backend(vocabulary, added, image_token, legacy=config.legacy)
-    if config.add_bos_token:
-        bos = str(config.named["bos_token"])
+    bos = str(config.named["bos_token"]) if config.add_bos_token else None
+    backend = _build_backend(vocabulary, added, image_token, bos, legacy=config.legacy)
+    if bos is not None:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 {bos}:1 $B:1", special_tokens=[(bos, added.ids[bos])]
         )
@@ -215,7 +215,9 @@ class _AddedTokens:
             self.ids.setdefault(text, max(self.ids.values()) + 1)
 
 
-def _build_backend(vocabulary: Vocabulary, added: _AddedTokens, image_token: str, *, legacy: bool) -> Tokenizer:
+def _build_backend(
+    vocabulary: Vocabulary, added: _AddedTokens, image_token: str, bos: str | None, *, legacy: bool
+) -> Tokenizer:
     backend = Tokenizer(
         BPE(
             added.ids,
@@ -228,7 +230,7 @@ def _build_backend(vocabulary: Vocabulary, added: _AddedTokens, image_token: str
     if legacy:
         steps, splits, normalized = _prepare_legacy(added, vocabulary.add_dummy_prefix)
     else:
-        steps, splits, normalized = _prepare(added, image_token)
+        steps, splits, normalized = _prepare(added, image_token, bos)
     backend.normalizer = normalizers.Sequence(steps)
     if splits:
         backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
@@ -247,7 +249,7 @@ def _build_backend(vocabulary: Vocabulary, added: _AddedTokens, image_token: str
         ]
     )
     backend.add_special_tokens(
-        [_with_flags(token, special=True, normalized=False) for token in added.special.values()]
+        [_with_flags(token, special=True, normalized=text in normalized) for text, token in added.special.items()]
         + [AddedToken(image_token, special=True, normalized=image_token in normalized)]
     )
     backend.add_tokens(
@@ -264,13 +266,21 @@ def _build_backend(vocabulary: Vocabulary, added: _AddedTokens, image_token: str
 _Steps = tuple[list[normalizers.Normalizer], list[pre_tokenizers.PreTokenizer], set[str]]
 
 
-def _prepare(added: _AddedTokens, image_token: str) -> _Steps:
-    """legacy=False: a space before each piece, but not before a special token."""
-    image = re.escape(image_token)
+def _prepare(added: _AddedTokens, image_token: str, bos: str | None) -> _Steps:
+    """legacy=False: a space before each piece, but not before a special token.
+
+    A first piece also begins after the token that begins a sequence, where a prompt is written with it: so that templates
+    can write it, for engines that add no token. Special tokens are found in normalized text, since they would else be cut
+    out first, and where the text starts could not be seen.
+    """
+    image, special = re.escape(image_token), _any_of([*added.special, image_token])
     steps: list[normalizers.Normalizer] = [
-        normalizers.Replace(Regex(rf"(?<={image})(?!{image}|\z)"), " "),
+        normalizers.Replace(Regex(rf"(?<={image})(?!{special}|\z)"), " "),
         normalizers.Replace(" ", SPACE),
     ]
+    if bos is not None:
+        begin = re.escape(bos)
+        steps.insert(0, normalizers.Replace(Regex(rf"\A{begin}(?!{special}|\z)"), f"{bos} "))
     splits: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Metaspace(" ", "first", split=False)]
     if added.plain:
         # A plain token at the very start gets the space too, but there is no text for Metaspace to put it before. The
@@ -278,7 +288,7 @@ def _prepare(added: _AddedTokens, image_token: str) -> _Steps:
         steps.append(normalizers.Replace(Regex(rf"\A(?=(?:{_any_of(added.plain)})(?!\z))"), SPACE + " "))
         splits.append(pre_tokenizers.Split(SPACE + " ", "removed"))
     splits.append(pre_tokenizers.Metaspace(SPACE, "never", split=False))
-    return steps, splits, {image_token, *added.plain}
+    return steps, splits, {image_token, *added.special, *added.plain}
 
 
 def _prepare_legacy(added: _AddedTokens, add_dummy_prefix: bool) -> _Steps:

@@ -13,9 +13,12 @@
 # limitations under the License.
 """Pictures and text to model inputs: every `<image>` becomes as many placeholders as the image costs visual tokens."""
 
+import inspect
+import re
 from typing import Any
 
 from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .visual_tokens import (
@@ -47,8 +50,11 @@ class M3LlavaProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: M3LlavaImagesKwargs
 
 
-# Older releases of transformers read the defaults here, and a TypedDict does not inherit them.
+# Before 5.24 the defaults may be read here, and a TypedDict does not inherit them.
 M3LlavaProcessorKwargs._defaults = {}
+
+# Before 5.24 a user's text cannot be made plain, and templates' arguments may take the place of `processor_kwargs`.
+MAKES_TEXT_PLAIN = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 
 
 # trf-ignore: TRF057 - see configuration_m3.py
@@ -97,6 +103,7 @@ class M3LlavaProcessor(ProcessorMixin):
         if num_visual_tokens is not None:
             check_num_visual_tokens([num_visual_tokens], visual_token_scales, num_images=1)
 
+        self.auto_map = {"AutoProcessor": "processing_m3.M3LlavaProcessor"}  # as saving would set it
         self.patch_size = patch_size
         self.visual_token_scales = visual_token_scales
         self.num_visual_tokens = num_visual_tokens
@@ -112,7 +119,8 @@ class M3LlavaProcessor(ProcessorMixin):
 
         Args:
             images: One image, a list, or a list per prompt: PIL images, arrays, tensors, paths or URLs.
-            text: One prompt or a list, with one `<image>` per image.
+            text: One prompt or a list, with one `<image>` per image. Where the tokenizer begins prompts with a token, so do
+                `input_ids`, once, whether or not the text is written with it.
             num_visual_tokens (`int` or `list[int]`, *optional*): What each image may cost, per tile: one of
                 `visual_token_scales` for all images, or a list with one per image in reading order.
             image_grid_pinpoints (`list[list[int]]`, *optional*): Resolutions for this call, as (height, width).
@@ -124,16 +132,47 @@ class M3LlavaProcessor(ProcessorMixin):
             (rows, columns) that each is cut into, and for images cut into tiles `image_sizes` of shape (images, 2).
 
         Raises:
-            ValueError: for a number of visual tokens this checkpoint does not offer, for numbers of images and of
-                `<image>` marks that differ, and where truncation would cut an image's placeholders.
+            ValueError: for a number of visual tokens this checkpoint does not offer, for texts that are none, for numbers
+                of images and of `<image>` marks that differ, and where truncation would cut an image's placeholders.
         """
         if isinstance(images, (list, tuple)) and all(
             isinstance(group, (list, tuple)) and not group for group in images
         ):
             images = None  # no image for any prompt
-        # Older releases of transformers empty the dicts they are handed: a caller's must survive for the next call.
+        # Before 5.24 the dicts that are handed on may be emptied: a caller's must survive for the next call.
         kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
+        if text is not None:
+            text = self._begin_once([text] if isinstance(text, str) else text, kwargs)
         return super().__call__(images=images, text=text, **kwargs)
+
+    def _begin_once(self, prompts: list[str], kwargs: dict[str, Any]) -> list[str]:
+        """Has every prompt begin with the tokenizer's first token once; the rest is tokenized as if it stood alone."""
+        is_list = isinstance(prompts, (list, tuple)) and len(prompts) > 0
+        if not is_list or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"text={prompts!r}: give one prompt, or a list with at least one.")
+        bos, tokenizer = self.tokenizer.bos_token, self.tokenizer
+        if bos is None or tokenizer("")["input_ids"][:1] != [tokenizer.bos_token_id]:
+            return prompts  # such tokenizers take prompts as they are
+        bare = [re.sub(rf"\A(?:{re.escape(bos)})+", "", prompt) for prompt in prompts]
+        reads_bos = tokenizer(f"{bos}a", add_special_tokens=False)["input_ids"] == tokenizer("a")["input_ids"]
+        as_written = reads_bos and prompts == [bos + prompt for prompt in bare]
+        text_kwargs = kwargs.get("text_kwargs", {})
+        (text_kwargs if "add_special_tokens" in text_kwargs else kwargs)["add_special_tokens"] = not as_written
+        return prompts if as_written else bare
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' own, on every release."""
+        if not MAKES_TEXT_PLAIN and kwargs.keys() - inspect.signature(super().apply_chat_template).parameters:
+            kwargs, processor_kwargs = {**(processor_kwargs or {}), **kwargs}, None
+        return super().apply_chat_template(
+            conversation, chat_template=chat_template, processor_kwargs=processor_kwargs, **kwargs
+        )
 
     def validate_inputs(self, images: ImageInput | None = None, text: Any = None, **kwargs: Any) -> None:
         """Checks what a caller passed before transformers' own type checks, whose messages name no allowed value."""
@@ -145,9 +184,12 @@ class M3LlavaProcessor(ProcessorMixin):
         if text is not None:
             marks = [prompt.count(self.image_token) for prompt in ([text] if isinstance(text, str) else text)]
             if sum(marks) != num_images:
+                advice = f"Write one {self.image_token} in the prompt for each image."
+                if MAKES_TEXT_PLAIN and sum(marks) > num_images:
+                    advice += " What users wrote is made plain text by apply_chat_template(..., sanitize_control_tokens=True)."
                 raise ValueError(
-                    f"The text has {sum(marks)} {self.image_token} mark(s) for {num_images} image(s). Write one "
-                    f"{self.image_token} in the prompt for each image."
+                    f"The total number of {self.image_token} tokens in the prompts should be the same as the number of images "
+                    f"passed. Found total {sum(marks)} {self.image_token} tokens and {num_images} images. {advice}"
                 )
             nested = isinstance(images, (list, tuple)) and images and isinstance(images[0], (list, tuple))
             if nested and [len(group) for group in images] != marks:
@@ -196,6 +238,21 @@ class M3LlavaProcessor(ProcessorMixin):
         grids = [pinpoints and tile_grid(size, pinpoints, self._tile_size) for size in image_sizes]
         counts = [self._layout(*facts).count(scale) for *facts, scale in zip(grids, image_sizes, scales)]
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(
+        cls, sub_processor_type: str, pretrained_model_name_or_path: Any, subfolder: str = "", **kwargs: Any
+    ) -> Any:
+        """What is said about loading, or to the image processor, is not the tokenizer's to keep and to store."""
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("backend", "use_fast")}
+        tokenizer = super()._load_tokenizer_from_pretrained(
+            sub_processor_type, pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+        )
+        stored = get_tokenizer_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        tokenizer.init_kwargs = {name: value for name, value in tokenizer.init_kwargs.items() if name in stored}
+        if tokenizer.is_fast:
+            tokenizer.backend = "tokenizers"  # folders that were written before may name the image processor's
+        return tokenizer
 
     @property
     def _tile_size(self) -> int:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaImageProcessorPil, M3LlavaModel, M3LlavaProcessor
+from modeling_m3.processing_m3 import MAKES_TEXT_PLAIN
 from modeling_m3.visual_tokens import MERGE_TYPES
 
 
@@ -170,16 +171,27 @@ def test_serving_engines_are_refused_a_wrong_budget_too(loaded):
         processor._get_num_multimodal_tokens([(336, 336)], num_visual_tokens=100)
 
 
+@pytest.mark.parametrize("text", [3, [3], [], [["<image>"]], {"a": 1}], ids=str)
+def test_what_is_no_text_is_refused(text, loaded):
+    _, processor = loaded["llava15-m3"]
+    with pytest.raises(ValueError, match="give one prompt, or a list with at least one"):
+        processor(images=picture("img5_97x53.png"), text=text)
+
+
 @pytest.mark.parametrize(("images", "text", "message"), [
-    (1, "USER: <image><image> ASSISTANT:", r"2 <image> mark\(s\) for 1 image"),
-    (2, PROMPT, r"1 <image> mark\(s\) for 2 image"),
-    (1, "USER: no mark ASSISTANT:", r"0 <image> mark\(s\) for 1 image"),
-    (0, PROMPT, r"1 <image> mark\(s\) for 0 image"),
+    (1, "USER: <image><image> ASSISTANT:", "2 <image> tokens and 1 images"),
+    (2, PROMPT, "1 <image> tokens and 2 images"),
+    (1, "USER: no mark ASSISTANT:", "0 <image> tokens and 1 images"),
+    (0, PROMPT, "1 <image> tokens and 0 images"),
 ])  # fmt: skip
 def test_marks_and_images_must_agree(images, text, message, loaded):
+    """In transformers' own words, and with advice: that of making a user's text plain where there are too many marks."""
     _, processor = loaded["llava15-m3"]
-    with pytest.raises(ValueError, match=message):
+    phrase = "tokens in the prompts should be the same as the number of images"
+    with pytest.raises(ValueError, match=f"{phrase}.*{message}.*Write one <image>") as error:
         processor(images=[picture("img5_97x53.png")] * images or None, text=text, return_tensors="pt")
+    has_advice = text.count("<image>") > images and MAKES_TEXT_PLAIN
+    assert ("sanitize_control_tokens=True" in str(error.value)) == has_advice
 
 
 def test_every_prompt_of_a_batch_must_have_its_own_images(loaded):
@@ -244,6 +256,9 @@ def test_the_grid_travels_from_the_image_processor_to_the_model(merge_type):
 @pytest.mark.parametrize(("change", "message"), [
     ({"image_tile_grids": torch.tensor([[2, 2]])}, r"hold \[3\] tiles, but .* should be \[5\]"),
     ({"image_tile_grids": torch.tensor([[1, 2], [1, 2]])}, r"should be \[3, 3\]"),
+    ({"image_tile_grids": torch.tensor([[-1, -2]])}, r"image_tile_grids=\[\(-1, -2\)\]"),
+    ({"image_tile_grids": torch.tensor([[1.0, 2.0]])}, r"image_tile_grids=\[\(1.0, 2.0\)\]"),
+    ({"image_tile_grids": [[1, 2, 3]]}, r"image_tile_grids=\[\(1, 2, 3\)\]"),
     ({"image_tile_grids": None, "image_sizes": None}, "image_tile_grids"),
     ({"image_sizes": None}, "image_sizes"),
     ({"pixel_values": torch.zeros(1, 3, 24, 24)}, r"hold \[1\] tiles"),

@@ -29,7 +29,8 @@ CASES = {name: json.loads((GOLDENS / "expected" / f"{name}.json").read_text())["
 class Original:
     """`tokenizer_image_token` with transformers 4.37's slow LlamaTokenizer, rewritten around sentencepiece.
 
-    `special` are the tokens in `all_special_tokens`, `plain` the other added ones; both with their ids.
+    `special` are the tokens in `all_special_tokens`, `plain` the other added ones; both with their ids. One thing is ours: a
+    prompt that is written with the token that begins it is, after that token, what it is without.
     """
 
     def __init__(self, model: bytes, legacy: bool, special=SPECIAL, plain=None, bos=(1,)):
@@ -44,6 +45,8 @@ class Original:
 
     def __call__(self, prompt: str, placeholders: int = 1, image_id: int = IMAGE) -> list[int]:
         ids = list(self.bos)
+        if self.bos and prompt.startswith("<s>"):
+            ids, prompt = [*ids, *self.bos], prompt.removeprefix("<s>")
         for i, piece in enumerate(prompt.split("<image>")):
             ids += [image_id] * placeholders if i else []
             ids += [self.added.get(token, self.sentencepiece.piece_to_id(token)) for token in self.tokens(piece)]

@@ -99,9 +99,9 @@ def test_the_own_template_supervises_what_its_generation_marks_say(template, pro
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    assert encoded.input_ids == [processor.tokenizer.bos_token_id, *rendered["input_ids"]]
-    assert encoded.labels[0] == IGNORE_INDEX
-    assert [int(label != IGNORE_INDEX) for label in encoded.labels[1:]] == rendered["assistant_masks"]
+    assert encoded.input_ids == rendered["input_ids"]
+    assert encoded.input_ids[0] == processor.tokenizer.bos_token_id and encoded.labels[0] == IGNORE_INDEX
+    assert [int(label != IGNORE_INDEX) for label in encoded.labels] == rendered["assistant_masks"]
 
 
 def test_the_own_template_of_vicuna_supervises_what_v1_does(processor):

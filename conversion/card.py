@@ -78,7 +78,7 @@ def model_card(
         tiled=config.image_grid_pinpoints is not None,
         scales=scales,
         quantization=quantization,
-        budgets=tuple(sorted({min(scales, key=lambda scale: abs(scale - wanted)) for wanted in (9, 36, 576)})),
+        example_scales=tuple(sorted({min(scales, key=lambda scale: abs(scale - wanted)) for wanted in (9, 36, 576)})),
         results="\n\n".join(_markdown_tables(results)),
         paper_url=PAPER_URL,
     )

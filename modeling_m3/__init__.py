@@ -5,9 +5,9 @@ Importing this package registers M3 with the Auto classes, so that M3 checkpoint
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
-# From its own module: in older releases `transformers.AutoImageProcessor` cannot be used without torchvision.
+# Before 5.24 `transformers.AutoImageProcessor` cannot be used without torchvision; from its own module it can.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_m3 import M3LlavaConfig
@@ -34,6 +34,7 @@ REMOTE_CODE_FILES = (
 AutoConfig.register(M3LlavaConfig.model_type, M3LlavaConfig)
 AutoModel.register(M3LlavaConfig, M3LlavaModel)
 AutoModelForImageTextToText.register(M3LlavaConfig, M3LlavaForConditionalGeneration)
+AutoModelForMultimodalLM.register(M3LlavaConfig, M3LlavaForConditionalGeneration)
 AutoProcessor.register(M3LlavaConfig, M3LlavaProcessor)
 AutoImageProcessor.register(
     M3LlavaConfig,

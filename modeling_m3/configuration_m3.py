@@ -104,6 +104,7 @@ class M3LlavaConfig(PreTrainedConfig):
             "AutoConfig": "configuration_m3.M3LlavaConfig",
             "AutoModel": "modeling_m3.M3LlavaModel",
             "AutoModelForImageTextToText": "modeling_m3.M3LlavaForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_m3.M3LlavaForConditionalGeneration",
             **(getattr(self, "auto_map", None) or {}),
         }
         check_choice("visual_token_sampling", self.visual_token_sampling, SAMPLINGS)

@@ -25,7 +25,7 @@ from transformers.generation import CandidateGenerator
 from transformers.generation import utils as generation_utils
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .outputs_m3 import M3LlavaEncodedImages
+from .outputs_m3 import CACHE_NAME, M3LlavaEncodedImages
 
 
 # What describes images among the model's inputs. `generate` needs them for the first step only.
@@ -52,6 +52,8 @@ class M3LlavaGenerationMixin(GenerationMixin):
             encoded_images: what `encode_images` returned, in place of `pixel_values`. With `num_visual_tokens` as the
                 prompt was made with it, several calls answer at several scales, and the vision tower runs no more.
         """
+        if CACHE_NAME != "cache" and "cache" in kwargs:  # Before 5.24: the newer name
+            kwargs[CACHE_NAME] = kwargs.pop("cache")
         if encoded_images is not None:
             if kwargs.get("pixel_values") is not None:
                 raise ValueError(ONE_KIND_OF_IMAGES)
@@ -116,7 +118,7 @@ class M3LlavaGenerationMixin(GenerationMixin):
     def _prefill(
         self, input_ids: torch.LongTensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ):
-        # Releases that cannot cut encoded images along with the prompt would answer without having seen them.
+        # Before 5.24 encoded images cannot be cut along with the prompt: the answer would not have seen them.
         has_images = model_kwargs.get("pixel_values") is not None or model_kwargs.get("mm_encoder_outputs")
         cuts_images = hasattr(generation_utils, "_slice_mm_encoder_output")
         if generation_config.prefill_chunk_size is not None and has_images and not cuts_images:

@@ -30,8 +30,12 @@ from transformers.image_processing_backends import PilBackend, TorchvisionBacken
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import is_torchvision_available, logging
 
 from .visual_tokens import check_pinpoints, tile_grid
+
+
+logger = logging.get_logger(__name__)
 
 
 class M3LlavaImageProcessorKwargs(ImagesKwargs, total=False):
@@ -238,7 +242,16 @@ class M3LlavaImageProcessorPil(_Views, PilBackend):
 
 # trf-ignore: TRF057 - see configuration_m3.py
 class M3LlavaImageProcessor(_Views, TorchvisionBackend):
-    """The torchvision backend of M3's image processor: faster, within 2/255 of the PIL backend before normalization."""
+    """The torchvision backend of M3's image processor: faster, within 2/255 of the PIL backend before normalization.
+
+    Where torchvision is not installed, asking for it gives the PIL backend and a warning.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if is_torchvision_available():
+            return super().__new__(cls)
+        logger.warning_once("torchvision is not installed: images are prepared by PIL, exactly as the original does.")
+        return M3LlavaImageProcessorPil(*args, **kwargs)
 
     def process_image(
         self,

@@ -74,7 +74,7 @@ FORWARD_ARGUMENTS = f"""{IMAGE_ARGUMENTS}
     past_key_values (`Cache`, *optional*):
         Keys and values of the tokens before `input_ids`.
     cache (`Cache`, *optional*):
-        The same: transformers 5.24 renamed it.
+        The same. Before 5.24 only the other name was known.
 """
 TRAINING_ARGUMENTS = f"""{FORWARD_ARGUMENTS}
     matryoshka_scales (`list[int]`, *optional*):
@@ -180,9 +180,11 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         layouts = [config.image_layout(*facts) for facts in zip(grids, sizes or [None] * len(grids))]
         outputs = self.vision_tower(torch.cat(tiles), **kwargs)
         features = outputs.last_hidden_state
+        # CODEPATH: LLaVA checkpoints drop the class token; those trained with the original's `cls_patch` keep it.
+        kept = features if config.keeps_class_token else features[:, 1:]
         return M3LlavaEncodedImages(
             last_hidden_state=features,
-            tile_features=self.multi_modal_projector(features if config.keeps_class_token else features[:, 1:]),
+            tile_features=self.multi_modal_projector(kept),
             layouts=layouts,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -248,9 +250,12 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         # All at once, and before the device has the vision tower's work to do, which a later fetch would wait for.
         sizes, grids, scales = _as_lists(image_sizes, image_tile_grids, num_visual_tokens)
         encoded = self.encode_images(pixel_values, sizes, grids, image_grid_pinpoints, **kwargs)
+        return self._image_outputs(encoded, scales, visual_token_sampling)
+
+    def _image_outputs(self, encoded: M3LlavaEncodedImages, *scales_and_sampling: Any) -> BaseModelOutputWithPooling:
         return BaseModelOutputWithPooling(
             last_hidden_state=encoded.last_hidden_state,
-            pooler_output=self.get_visual_tokens(encoded, scales, visual_token_sampling),
+            pooler_output=self.get_visual_tokens(encoded, *scales_and_sampling),
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
@@ -325,12 +330,11 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
                 image_grid_pinpoints=image_grid_pinpoints,
                 return_dict=True,
             )
-        tokens = None if images is None else images.pooler_output
-        if encoded_images is not None:
-            tokens = self.get_visual_tokens(encoded_images, num_visual_tokens, visual_token_sampling)
+        elif encoded_images is not None:
+            images = self._image_outputs(encoded_images, num_visual_tokens, visual_token_sampling)
         image_features = None
-        if tokens is not None:
-            image_features = torch.cat(list(tokens)).to(inputs_embeds.device, inputs_embeds.dtype)
+        if images is not None:
+            image_features = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), image_features)
 
@@ -347,6 +351,7 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
+            image_outputs=images,
         )
 
 
@@ -474,6 +479,7 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
         )
 
 

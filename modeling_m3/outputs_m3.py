@@ -16,7 +16,12 @@
 from dataclasses import dataclass
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    ModelOutput,
+)
 from transformers.utils import auto_docstring
 
 from .visual_tokens import ImageLayout
@@ -49,20 +54,29 @@ class M3LlavaEncodedImages(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
+class _WithImages(ModelOutput):
+    def to_tuple(self) -> tuple:
+        """A plain tuple, as those of transformers' own multimodal outputs."""
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in super().to_tuple())
+
+
 @auto_docstring
 @dataclass
-class M3LlavaModelOutputWithPast(BaseModelOutputWithPast):
+class M3LlavaModelOutputWithPast(_WithImages, BaseModelOutputWithPast):
     r"""
     image_hidden_states (`torch.FloatTensor` of shape `(all visual tokens, hidden_size)`, *optional*):
         The visual tokens of all images, as they stand in the sequence.
+    image_outputs (`BaseModelOutputWithPooling`, *optional*):
+        What `get_image_features` returned.
     """
 
     image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @auto_docstring
 @dataclass
-class M3LlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
+class M3LlavaCausalLMOutputWithPast(_WithImages, CausalLMOutputWithPast):
     r"""
     loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
         Next-token prediction loss; with `matryoshka_scales`, its average over them.
@@ -70,9 +84,12 @@ class M3LlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
         Scores of every token of the vocabulary, before the softmax. None with `matryoshka_scales`.
     image_hidden_states (`torch.FloatTensor` of shape `(all visual tokens, hidden_size)`, *optional*):
         The visual tokens of all images, as they stand in the sequence.
+    image_outputs (`BaseModelOutputWithPooling`, *optional*):
+        What `get_image_features` returned.
     scale_losses (`torch.FloatTensor` of shape `(scales,)`, *optional*, returned when `matryoshka_scales` is provided):
         The loss at every scale, without gradients.
     """
 
     image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
     scale_losses: torch.FloatTensor | None = None

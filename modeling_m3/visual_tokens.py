@@ -260,6 +260,8 @@ def split_tiles(
             "image_grid_pinpoints that they were cut by."
         )
     grids = [(0, 0)] * len(tiles) if image_tile_grids is None else [tuple(grid) for grid in image_tile_grids]
+    if not all(len(grid) == 2 and all(isinstance(n, int) and n >= 0 for n in grid) for grid in grids):
+        raise ValueError(f"image_tile_grids={grids}: give the (rows, columns) of every image, whole numbers from 0.")
     counts = [1 + rows * columns for rows, columns in grids]
     if len(counts) != len(tiles) or any(n < count for n, count in zip(held, counts)):
         raise ValueError(

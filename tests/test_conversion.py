@@ -87,7 +87,8 @@ class TestGoldens:
         config = json.loads((converted[name] / "config.json").read_text())
         assert config["model_type"] == "m3_llava"
         assert config["architectures"] == ["M3LlavaForConditionalGeneration"]
-        assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"}
+        models = {f"AutoModel{suffix}" for suffix in ("", "ForImageTextToText", "ForMultimodalLM")}
+        assert set(config["auto_map"]) == {"AutoConfig", *models}
         assert config["dtype"] == "float32"
         assert config["image_token_id"] == ROWS
         assert config["visual_token_scales"] == [1, 9, 36, 144, 576]

@@ -24,7 +24,7 @@ folder, again, image = sys.argv[1:]
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, pipeline
 
 image = Image.open(image).convert("RGB")
 messages = [
@@ -51,6 +51,7 @@ def run(model, processor):
 model, processor = load(folder)
 logits, answer, budget = run(model, processor)
 headless = AutoModel.from_pretrained(folder, trust_remote_code=True)
+multimodal = AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True)
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
 chat = pipe(text=messages, processor_kwargs={"num_visual_tokens": 36}, max_new_tokens=5)
@@ -64,6 +65,7 @@ saved_logits, saved_answer, _ = run(saved_model, saved_processor)
 default = saved_processor(images=image, return_tensors="pt")["num_visual_tokens"].tolist()
 print(json.dumps({
     "headless": type(headless).__name__,
+    "multimodal": type(multimodal).__name__,
     "scales": config.visual_token_scales,
     "budget": budget,
     "answer": processor.decode(answer, skip_special_tokens=True),
@@ -94,7 +96,7 @@ def test_everything_works_where_the_package_cannot_be_imported(name, converted, 
     assert result.returncode == 0, result.stderr
     shown = json.loads(result.stdout.splitlines()[-1])
     scales = [1, 9, 36, 144, 576]
-    assert shown["headless"] == "M3LlavaModel"
+    assert shown["headless"] == "M3LlavaModel" and shown["multimodal"] == "M3LlavaForConditionalGeneration"
     assert shown["scales"] == shown["saved_scales"] == scales
     assert shown["budget"] == 36
     assert shown["answer"] == shown["chat"] == shown["plain"]

@@ -164,7 +164,9 @@ def test_a_static_cache_changes_nothing():
     )
 
 
-def test_a_chat_goes_on_from_its_cache():
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_chat_goes_on_from_its_cache(name):
+    """By either of the names that releases of transformers have for it."""
     model = tiny_model()
     first = tiny_inputs(model, scales=(9,))
     output = model.generate(**first, **GREEDY, eos_token_id=None, return_dict_in_generate=True)
@@ -177,7 +179,7 @@ def test_a_chat_goes_on_from_its_cache():
         input_ids=second,
         attention_mask=mask,
         **picture,
-        past_key_values=output.past_key_values,
+        **{name: output.past_key_values},
         **GREEDY,
         eos_token_id=None,
     )

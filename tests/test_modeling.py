@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_config
 from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration, M3LlavaModel
 from modeling_m3.modeling_m3 import M3LlavaMultiModalProjector
@@ -164,6 +164,26 @@ def test_a_mixed_call_equals_single_calls():
             [single] = model.get_image_features(*alone, num_visual_tokens=scale).pooler_output
             torch.testing.assert_close(mixed[index], single)
             torch.testing.assert_close(as_list[index], single)
+
+
+def test_outputs_carry_what_was_made_of_the_images():
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    images = {name: inputs[name] for name in ("pixel_values", "num_visual_tokens")}
+    with torch.no_grad():
+        expected = model.get_image_features(**images, output_hidden_states=True)
+        encoded = model.encode_images(inputs["pixel_values"])
+        ids = {name: inputs[name] for name in ("input_ids", "attention_mask", "num_visual_tokens")}
+        for part, given in ((model, inputs), (model.model, inputs), (model, {**ids, "encoded_images": encoded})):
+            found = part(**given)
+            assert type(found.image_outputs) is type(expected)
+            torch.testing.assert_close(found.image_outputs.pooler_output, expected.pooler_output)
+            torch.testing.assert_close(found.image_outputs.last_hidden_state, expected.last_hidden_state)
+            torch.testing.assert_close(found.image_hidden_states, torch.cat(expected.pooler_output))
+            as_tuple = part(**given, return_dict=False)
+            assert isinstance(as_tuple, tuple) and not any(isinstance(value, ModelOutput) for value in as_tuple)
+            assert [type(value) for value in as_tuple].count(tuple) == 1
+        assert model(input_ids=torch.tensor([[1, 5, 6]])).image_outputs is None
 
 
 def test_the_sampling_can_be_chosen_per_call():

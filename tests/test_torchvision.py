@@ -3,10 +3,10 @@
 import pytest
 import torch
 from conftest import CHECKPOINTS, GOLDENS, golden, picture
-from transformers import AutoProcessor, pipeline
+from transformers import AutoModelForMultimodalLM, AutoProcessor, pipeline
 from transformers.utils import is_torchvision_available
 
-from modeling_m3 import M3LlavaImageProcessor, M3LlavaImageProcessorPil
+from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaImageProcessor, M3LlavaImageProcessorPil
 
 
 pytestmark = [
@@ -41,6 +41,20 @@ def test_inputs_equal_those_by_pil_but_for_rounded_pixels(name, scale, processor
         assert torch.equal(inputs[key], expected[key]), key
     of_255 = 255 * torch.tensor(picked.image_processor.image_std)[:, None, None]
     assert ((inputs["pixel_values"] - expected["pixel_values"]) * of_255).abs().max() < 2.001
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_it_is_a_multimodal_language_model_too(name, converted):
+    """As transformers calls any of them; its pipeline needs torchvision."""
+    assert type(AutoModelForMultimodalLM.from_pretrained(converted[name])) is M3LlavaForConditionalGeneration
+    content = [{"type": "image", "image": picture("img5_97x53.png")}, {"type": "text", "text": "What is it?"}]
+    answers = []
+    for task in ("image-text-to-text", "any-to-any"):
+        pipe = pipeline(task, model=str(converted[name]), trust_remote_code=True)
+        messages = [{"role": "user", "content": list(content)}]
+        answer = pipe(text=messages, processor_kwargs={"num_visual_tokens": 36}, max_new_tokens=6)
+        answers.append(answer[0]["generated_text"][-1]["content"])
+    assert answers[0] == answers[1] and answers[0]
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

@@ -177,6 +177,10 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         if grids is None and sizes and pinpoints and any(image.ndim == 4 and len(image) > 1 for image in pixel_values):
             grids = [tile_grid(size, pinpoints, config.vision_config.image_size) for size in sizes]
         tiles, grids = split_tiles(pixel_values, grids)
+        if sizes and len(sizes) != len(grids):
+            raise ValueError(
+                f"image_sizes has {len(sizes)} rows for {len(grids)} image(s): pass one (height, width) each."
+            )
         layouts = [config.image_layout(*facts) for facts in zip(grids, sizes or [None] * len(grids))]
         outputs = self.vision_tower(torch.cat(tiles), **kwargs)
         features = outputs.last_hidden_state
@@ -428,6 +432,8 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | M3LlavaCausalLMOutputWithPast:
         if matryoshka_scales is not None:
+            if pixel_values is not None and encoded_images is not None:
+                raise ValueError(ONE_KIND_OF_IMAGES)
             encoded = encoded_images
             sizes, grids, written = _as_lists(image_sizes, image_tile_grids, num_visual_tokens)
             if pixel_values is not None:

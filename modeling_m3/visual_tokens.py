@@ -129,6 +129,8 @@ def default_scales(side: int, with_class_token: bool = False) -> list[int]:
     `[1, 9, 36, 144, 576]` for CLIP-ViT-L/14-336, whose side is 24 (paper section 4.1). Only the finest with a class token,
     which cannot be pooled.
     """
+    if side < 1:
+        raise ValueError(f"A tile has {side} patches along its side: its patches are larger than the tile itself.")
     if with_class_token:
         return [side * side]
     sides = [side]

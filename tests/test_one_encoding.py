@@ -112,6 +112,8 @@ def test_the_objective_takes_an_encoding(vision_calls):
     output = model(**without_pixels(inputs), encoded_images=encoded, matryoshka_scales=[1, 144])
     torch.testing.assert_close(output.loss, expected.loss)
     assert not vision_calls
+    with pytest.raises(ValueError, match="only one of pixel_values, encoded_images"):
+        model(**inputs, encoded_images=encoded, matryoshka_scales=[1, 144])
 
 
 def test_what_does_not_fit_is_refused():

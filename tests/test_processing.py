@@ -261,6 +261,7 @@ def test_the_grid_travels_from_the_image_processor_to_the_model(merge_type):
     ({"image_tile_grids": [[1, 2, 3]]}, r"image_tile_grids=\[\(1, 2, 3\)\]"),
     ({"image_tile_grids": None, "image_sizes": None}, "image_tile_grids"),
     ({"image_sizes": None}, "image_sizes"),
+    ({"image_sizes": [[24, 48], [24, 48]]}, "image_sizes has 2 rows for 1 image"),
     ({"pixel_values": torch.zeros(1, 3, 24, 24)}, r"hold \[1\] tiles"),
 ])  # fmt: skip
 def test_a_picture_whose_facts_contradict_each_other_is_refused(change, message):
@@ -283,6 +284,13 @@ def test_views_of_a_size_that_the_model_does_not_take_are_refused(override, load
 def test_a_saved_processor_without_a_patch_size_is_refused():
     with pytest.raises(ValueError, match="patch_size=None"):
         M3LlavaProcessor(M3LlavaImageProcessorPil(), word_tokenizer(), patch_size=None)
+
+
+def test_a_tile_smaller_than_a_patch_is_refused():
+    with pytest.raises(ValueError, match="0 patches along its side"):
+        M3LlavaProcessor(M3LlavaImageProcessorPil(crop_size={"height": 7, "width": 7}), word_tokenizer())
+    with pytest.raises(ValueError, match="0 patches along its side"):
+        tiny_config(vision_config={"image_size": 2, "patch_size": 4})
 
 
 def test_chat(loaded):

@@ -1,5 +1,6 @@
 """Records to samples to batches: what is bad and how it is told, how batches are padded and grouped."""
 
+import copy
 import json
 import logging
 from itertools import chain
@@ -154,6 +155,24 @@ def test_a_bad_sample_is_named_and_the_next_of_its_kind_stands_in(dataset, kind,
     assert caplog.messages[0].startswith("record 0 ('the-bad-one'): ")
     with pytest.raises(BadSampleError, match=f"the-bad-one'.: .*{reason}"):
         dataset(*records, image_folder=tmp_path, strict=True)[0]
+
+
+def test_images_is_read_as_image(dataset):
+    """The key of other training tools: one read as a record of text would be trained without its picture."""
+    named = record()
+    renamed = {**named, "images": [named["image"]]}
+    del renamed["image"]
+    first, second = dataset(named, renamed)[0], dataset(named, renamed)[1]
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert dataset(named, renamed).modality_lengths[0] == dataset(named, renamed).modality_lengths[1] > 0
+
+
+def test_a_record_that_the_chat_template_refuses_is_a_bad_one(loaded):
+    processor = copy.copy(loaded["llava15-m3"][1])
+    processor.chat_template = "{{ raise_exception('no such record') }}"
+    with pytest.raises(BadSampleError, match="record 0.*no such record"):
+        LlavaDataset([text_record()], processor, strict=True)[0]
 
 
 def test_bad_samples_are_counted_over_the_workers(dataset, capfd):

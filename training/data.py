@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -71,7 +72,8 @@ class LlavaDataset(Dataset):
     in memory that the workers of a `DataLoader` share.
 
     Args:
-        records: `{"id": ..., "image": path, PIL image or list of them, "conversations": [{"from", "value"}, ...]}`; any
+        records: `{"id": ..., "image": path, PIL image or list of them, "conversations": [{"from", "value"}, ...]}`, where
+            `image` may be `images`; any
             class with `__len__` and `__getitem__`. If it has `modality_lengths`, see there, records are not read for them.
         processor: of the checkpoint.
         image_folder: what paths of images are relative to.
@@ -140,10 +142,10 @@ class LlavaDataset(Dataset):
 
     def _with_stand_ins(self, index: int) -> Iterator[int]:
         yield index
-        kind = bool(self.records[index].get("image"))
+        kind = bool(_images(self.records[index]))
         for step in range(1, len(self)):
             candidate = (index + step) % len(self)
-            if bool(self.records[candidate].get("image")) == kind:
+            if bool(_images(self.records[candidate])) == kind:
                 yield candidate
 
     def _note(self, index: int, note: int, message: str) -> None:
@@ -168,7 +170,7 @@ class LlavaDataset(Dataset):
             sources = expand_placeholders(encoded.input_ids, self.processor.image_token_id, counts)
             input_ids = [encoded.input_ids[i] for i in sources]
             self._check_length(input_ids)
-        except ValueError as error:
+        except (ValueError, TemplateError) as error:
             raise BadSampleError(f"{name}: {error}") from error
         sample = {
             "input_ids": torch.tensor(input_ids[: self.max_length]),
@@ -237,14 +239,15 @@ def _name(index: int, record: Record) -> str:
 
 
 def _images(record: Record) -> list[Any]:
-    images = record.get("image") or []
+    """LLaVA's key is `image`; other tools write `images`."""
+    images = record.get("image") or record.get("images") or []
     return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
 def _modality_length(record: Record) -> int:
     turns = record.get("conversations") or []
     words = sum(len(str(turn.get("value")).split()) for turn in turns if isinstance(turn, dict))
-    return max(words, 1) * (1 if record.get("image") else -1)
+    return max(words, 1) * (1 if _images(record) else -1)
 
 
 def _cat_tiles(pixel_values: list[torch.Tensor]) -> torch.Tensor:

@@ -86,7 +86,7 @@ def _check_devices(device_map: Any) -> None:
                 torch.empty(0, device=place)
         except (RuntimeError, AssertionError) as error:  # the latter from a build of torch without CUDA
             raise ValueError(
-                f"device_map={device_map!r}: torch cannot use {place!r} here ({str(error).splitlines()[0]}) Use "
+                f"device_map={device_map!r}: torch cannot use {place!r} here ({str(error).splitlines()[0]}). Use "
                 'device_map="auto", which takes what there is, or "cpu".'
             ) from error
 

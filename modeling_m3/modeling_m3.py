@@ -44,6 +44,7 @@ from .outputs_m3 import (
 )
 from .visual_tokens import (
     SAMPLINGS,
+    as_lists,
     check_choice,
     check_num_visual_tokens,
     pool_tiles,
@@ -172,7 +173,7 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         r"""
         Returns [`M3LlavaEncodedImages`]. Raises `ValueError` for sizes or grids that do not fit the pixels.
         """
-        config, (sizes, grids) = self.config, _as_lists(image_sizes, image_tile_grids)
+        config, (sizes, grids) = self.config, as_lists(image_sizes, image_tile_grids)
         pinpoints = image_grid_pinpoints or config.image_grid_pinpoints
         if grids is None and sizes and pinpoints and any(image.ndim == 4 and len(image) > 1 for image in pixel_values):
             grids = [tile_grid(size, pinpoints, config.vision_config.image_size) for size in sizes]
@@ -217,7 +218,7 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         sampling = visual_token_sampling or self.config.visual_token_sampling
         check_choice("visual_token_sampling", sampling, SAMPLINGS)
         layouts, offered = encoded.layouts, self.config.visual_token_scales
-        scales = check_num_visual_tokens(*_as_lists(num_visual_tokens), offered, len(layouts))
+        scales = check_num_visual_tokens(*as_lists(num_visual_tokens), offered, len(layouts))
         newline = self.image_newline
         if newline is not None:
             newline = newline.to(encoded.tile_features.device, encoded.tile_features.dtype)
@@ -252,7 +253,7 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         Raises `ValueError` for sizes, grids or numbers of visual tokens that do not fit the pixels.
         """
         # All at once, and before the device has the vision tower's work to do, which a later fetch would wait for.
-        sizes, grids, scales = _as_lists(image_sizes, image_tile_grids, num_visual_tokens)
+        sizes, grids, scales = as_lists(image_sizes, image_tile_grids, num_visual_tokens)
         encoded = self.encode_images(pixel_values, sizes, grids, image_grid_pinpoints, **kwargs)
         return self._image_outputs(encoded, scales, visual_token_sampling)
 
@@ -435,7 +436,7 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
             if pixel_values is not None and encoded_images is not None:
                 raise ValueError(ONE_KIND_OF_IMAGES)
             encoded = encoded_images
-            sizes, grids, written = _as_lists(image_sizes, image_tile_grids, num_visual_tokens)
+            sizes, grids, written = as_lists(image_sizes, image_tile_grids, num_visual_tokens)
             if pixel_values is not None:
                 encoded = self.model.encode_images(pixel_values, sizes, grids, image_grid_pinpoints)
             loss, scale_losses = matryoshka_loss(
@@ -487,16 +488,6 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
             image_hidden_states=outputs.image_hidden_states,
             image_outputs=outputs.image_outputs,
         )
-
-
-def _as_lists(*values: Any) -> list[Any]:
-    """The values with lists in place of tensors, which are fetched from their device in one go."""
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    if not tensors:
-        return list(values)
-    fetched = torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors]).cpu()
-    parts = iter(fetched.split([tensor.numel() for tensor in tensors]))
-    return [next(parts).view(value.shape).tolist() if isinstance(value, torch.Tensor) else value for value in values]
 
 
 __all__ = ["M3LlavaForConditionalGeneration", "M3LlavaModel", "M3LlavaPreTrainedModel"]

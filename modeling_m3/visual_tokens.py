@@ -26,6 +26,7 @@ Tensor shapes use: t tiles of one image, n tokens per tile, d hidden size.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -314,3 +315,13 @@ def expand_placeholders(input_ids: Sequence[int], image_token_id: int, counts: I
     """
     counts = iter(counts)
     return [i for i, token in enumerate(input_ids) for _ in range(next(counts) if token == image_token_id else 1)]
+
+
+def as_lists(*values: Any) -> list[Any]:
+    """The values with lists in place of tensors, which are fetched from their device in one go."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if not tensors:
+        return list(values)
+    fetched = torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors]).cpu()
+    parts = iter(fetched.split([tensor.numel() for tensor in tensors]))
+    return [next(parts).view(value.shape).tolist() if isinstance(value, torch.Tensor) else value for value in values]

@@ -6,6 +6,7 @@ the losses, and at the end `final`, the trained model as a folder for the Hub.
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Sequence
@@ -68,6 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"wrote {_train(trainer, model_arguments, data_arguments)}")
     except BadSampleError as error:
         return _fail(str(error).splitlines()[-1])  # what comes before, from a worker, is its traceback
+    # Threads of gloo may hold the trainer's tensors while Python ends, and abort it (pytorch/pytorch#179291).
+    del trainer
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return 0
 
 

@@ -35,7 +35,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from .configuration_m3 import M3LlavaConfig
 from .generation_m3 import ONE_KIND_OF_IMAGES, M3LlavaGenerationMixin
 from .loading_m3 import M3LlavaLoadingMixin
-from .objective_m3 import matryoshka_loss
+from .objective_m3 import matryoshka_loss, warn_of_adapters
 from .outputs_m3 import (
     CACHE_NAME,
     M3LlavaCausalLMOutputWithPast,
@@ -155,6 +155,11 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         else:
             self.image_newline = None
         self.post_init()
+
+    def train(self, mode: bool = True) -> "M3LlavaModel":
+        if mode:
+            warn_of_adapters(self.vision_tower)
+        return super().train(mode)
 
     @auto_docstring(
         custom_intro="""

@@ -28,9 +28,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 
 from .outputs_m3 import M3LlavaEncodedImages
 from .visual_tokens import check_num_visual_tokens
+
+
+logger = logging.get_logger(__name__)
 
 
 def matryoshka_loss(
@@ -83,9 +87,8 @@ def matryoshka_loss(
         )
 
     if encoded is None:
-        return _loss_of_text(
-            model, scales, {"input_ids": input_ids, "attention_mask": attention_mask}, labels, **kwargs
-        )
+        prompts = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return _loss_of_text(model, scales, prompts, _targets(labels), **kwargs)
 
     # Every prompt is cut before the language model runs: what a cut has to ask of the data would wait for that.
     prompts, targets = {}, {}
@@ -129,15 +132,18 @@ def _next_token_loss(
 
 
 def _loss_of_text(
-    model: nn.Module, scales: list[int], inputs: dict[str, Any], labels: torch.LongTensor, **kwargs: Any
+    model: nn.Module,
+    scales: list[int],
+    inputs: dict[str, Any],
+    targets: tuple[tuple[torch.LongTensor, torch.LongTensor], torch.LongTensor],
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of a batch without images, which is the same at every scale."""
-    device, targets = inputs["input_ids"].device, _targets(labels)
-    if not _needs_native_graph(model, device.type):
-        loss = _next_token_loss(model, inputs, targets, **kwargs)
-        return loss, loss.detach().repeat(len(scales))  # a copy, as Trainer scales the loss in place
-    # Where parameters are sharded, ranks that have images wait for this one to use each parameter as often as they do.
-    vision = model.config.vision_config
+    """The loss of a batch without images, which is the same at every scale.
+
+    A blank image takes part with a weight of zero, as in the original: so every trained parameter has a gradient, and
+    where parameters are sharded, ranks with images do not wait for this one.
+    """
+    vision, device = model.config.vision_config, inputs["input_ids"].device
     blank = torch.zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size, device=device)
     encoded = model.model.encode_images(blank)
 
@@ -145,7 +151,20 @@ def _loss_of_text(
         tokens = model.model.get_visual_tokens(replace(encoded, tile_features=tile_features), scale)
         return _next_token_loss(model, inputs, targets, **kwargs) + 0 * torch.cat(tokens).sum()
 
-    return average_over_scales(loss_at, encoded.tile_features, scales, model)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        loss = loss_at(encoded.tile_features, scales[0])
+        return loss, loss.detach().repeat(len(scales))  # a copy, as Trainer scales the loss in place
+    return average_over_scales(loss_at, encoded.tile_features, scales, model, all_alike=True)
+
+
+def warn_of_adapters(vision_tower: nn.Module) -> None:
+    """Warns where adapters were put around layers of the vision tower: names as q_proj are CLIP's too."""
+    adapted = [name for name, module in vision_tower.named_modules() if hasattr(module, "base_layer")]
+    if adapted:
+        logger.warning_once(
+            f"{len(adapted)} layers of the vision tower have adapters, {adapted[0]} first. To adapt the language model alone, "
+            r'name its layers by their path: target_modules=r".*language_model.*\.(q_proj|v_proj)".'
+        )
 
 
 def average_over_scales(
@@ -153,19 +172,21 @@ def average_over_scales(
     tile_features: torch.Tensor,
     scales: list[int],
     model: nn.Module,
+    all_alike: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Averages `loss_at(tile_features, scale)` over scales, with one scale's graph in memory at a time.
 
-    In one of two ways. As a rule each scale's gradients are taken at once, inside the forward, and handed on by one backward
-    (`_GradientsInForward`): nothing is computed twice, and hooks on parameters, by which DDP synchronises, fire once. That
-    cannot be where parameters are there only while a wrapper calls for them (FSDP, ZeRO-3), nor where a loss in float16 is
-    to be scaled before any gradient is taken. There each scale is a checkpoint, recomputed during an ordinary backward.
+    In one of two ways. Where it is known that only autograd has to do with gradients, those of each scale are taken at
+    once, in the forward, and handed on by one backward: nothing is computed twice, and hooks on parameters, by which DDP
+    synchronises, fire once. Anywhere else (FSDP, ZeRO-3, replicas of `nn.DataParallel`, reentrant checkpoints, losses in
+    float16, which are scaled before any gradient is taken) each scale is a checkpoint, recomputed in an ordinary backward.
 
     Args:
         loss_at: gives a scalar.
         tile_features: (all tiles, tokens per tile, d).
         scales: m scales.
         model: whose parameters `loss_at` uses, all but those of vision tower and projector.
+        all_alike: whether `loss_at` gives the same at every scale.
 
     Returns:
         The average, a scalar, and the losses (m,) without gradients.
@@ -176,8 +197,12 @@ def average_over_scales(
     parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in encoder]
     trains = torch.is_grad_enabled() and (tile_features.requires_grad or len(parameters) > 0)
     if trains and len(scales) > 1:
-        if not _needs_native_graph(model, tile_features.device.type):
-            return _GradientsInForward.apply(loss_at, scales, tile_features, *parameters)
+        if _is_plain(model) and _is_wide(tile_features, parameters):
+            taken = _take_gradients(loss_at, tile_features, scales[:1] if all_alike else scales, parameters)
+            if taken is not None:
+                gradients, losses = taken
+                average = _KnownGradients.apply(losses.mean(), gradients, tile_features, *parameters)
+                return average, losses.repeat(len(scales)) if all_alike else losses
         losses = [checkpoint(loss_at, tile_features, scale, use_reentrant=False) for scale in scales]
     else:
         losses = [loss_at(tile_features, scale) for scale in scales]
@@ -185,32 +210,69 @@ def average_over_scales(
     return losses.mean(), losses.detach()
 
 
-class _GradientsInForward(torch.autograd.Function):
-    """Mean of losses whose gradients are already known when it is returned.
+def _is_plain(model: nn.Module) -> bool:
+    """Whether modules do nothing but their forward: hooks may gather, move or change what it uses (FSDP2, ZeRO-3)."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return not any(getattr(module, kind) for module in model.modules() for kind in kinds)
 
-    The features are cut off from the encoder's graph, so that the graph of a scale ends there and is freed with it.
-    Parameters are inputs although `loss_at` finds them by itself: that is where autograd delivers their gradients.
+
+def _is_wide(features: torch.Tensor, parameters: list[nn.Parameter]) -> bool:
+    """Whether gradients are computed in types of float32's range, so that no loss has to be scaled before."""
+    types, device = {tensor.dtype for tensor in (features, *parameters)}, features.device.type
+    if torch.is_autocast_enabled(device):
+        types.add(torch.get_autocast_dtype(device))
+    return types <= {torch.bfloat16, torch.float32, torch.float64}
+
+
+def _take_gradients(
+    loss_at: Callable[[torch.Tensor, int], torch.Tensor],
+    features: torch.Tensor,
+    scales: list[int],
+    parameters: list[nn.Parameter],
+) -> tuple[list[torch.Tensor | None], torch.Tensor] | None:
+    """The gradients of the mean loss, by features (None if frozen) and parameters, and the losses (m,).
+
+    None where the first loss does not come from just these: from copies of them, or in a way that autograd cannot see.
     """
+    # Cut off from the encoder's graph, so that the graph of a scale ends here and is freed with it.
+    leaf = features.detach().requires_grad_(features.requires_grad)
+    inputs = [leaf, *parameters] if leaf.requires_grad else parameters
+    sums, losses = [None] * len(inputs), {}
+    for scale in sorted(scales, reverse=True):  # the largest graph while there are no gradients yet
+        loss = loss_at(leaf, scale) / len(scales)
+        if not losses and _leaves(loss) != set(map(id, inputs)):
+            return None
+        losses[scale] = loss.detach() * len(scales)
+        _add(sums, list(torch.autograd.grad(loss, inputs)))
+    gradients = sums if leaf.requires_grad else [None, *sums]
+    return gradients, torch.stack([losses[scale] for scale in scales])
+
+
+def _leaves(loss: torch.Tensor) -> set[int]:
+    """The ids of the tensors at which the graph of a loss ends."""
+    nodes, seen, leaves = [loss.grad_fn], set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        nodes.extend(before for before, _ in node.next_functions)
+    return leaves
+
+
+class _KnownGradients(torch.autograd.Function):
+    """A loss whose gradients are known already. It delivers them where autograd does, to its inputs."""
 
     @staticmethod
-    def forward(ctx, loss_at, scales, features, *parameters):
-        leaf = features.detach().requires_grad_(features.requires_grad)
-        inputs = [tensor for tensor in (leaf, *parameters) if tensor.requires_grad]
-        sums, losses = [None] * len(inputs), {}
-        for scale in sorted(scales, reverse=True):  # the largest graph while there are no gradients yet
-            with torch.enable_grad():
-                loss = loss_at(leaf, scale) / len(scales)
-            losses[scale] = loss.detach() * len(scales)
-            if loss.requires_grad:
-                _add(sums, list(torch.autograd.grad(loss, inputs, allow_unused=True)))
-        ctx.gradients = sums if leaf.requires_grad else [None, *sums]
-        losses = torch.stack([losses[scale] for scale in scales])
-        ctx.mark_non_differentiable(losses)
-        return losses.mean(), losses
+    def forward(ctx, loss, gradients, features, *parameters):
+        ctx.gradients = gradients
+        return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output, _):
+    def backward(ctx, grad_output):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(
@@ -222,20 +284,10 @@ class _GradientsInForward(torch.autograd.Function):
         return None, None, *gradients
 
 
-def _add(sums: list[torch.Tensor | None], gradients: list[torch.Tensor | None]) -> None:
+def _add(sums: list[torch.Tensor | None], gradients: list[torch.Tensor]) -> None:
     for index, (old, new) in enumerate(zip(sums, gradients)):
         gradients[index] = None  # freed as soon as it is added
-        if new is not None:
-            sums[index] = new if old is None else old + new
-
-
-def _needs_native_graph(model: nn.Module, device: str) -> bool:
-    """Whether gradients can only be taken by an ordinary backward; see `average_over_scales`."""
-    # Inside the forward, FSDP's parameters may look like any other: its mark on modules does not come and go.
-    sharded = any(getattr(module, "_is_fsdp_managed_module", False) for module in model.modules()) or any(
-        hasattr(parameter, "ds_id") or hasattr(parameter, "full_tensor") for parameter in model.parameters()
-    )
-    return sharded or (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16)
+        sums[index] = new if old is None else old + new
 
 
 def _cut(
@@ -291,7 +343,7 @@ def _check_scales(scales: list[int], offered: list[int], written: list[int]) -> 
 def _check_inputs(
     input_ids: torch.Tensor | None, labels: torch.Tensor | None, attention_mask: torch.Tensor | None, kwargs: dict
 ) -> None:
-    """Raises `ValueError` for what cannot be cut to a scale, and takes the arguments that are refused out of `kwargs`."""
+    """Raises `ValueError` for what cannot be cut to a scale, and takes what is not the language model's out of `kwargs`."""
     if input_ids is None:
         raise ValueError(
             "matryoshka_scales needs input_ids, to cut prompts to every scale; inputs_embeds do not show how."
@@ -308,3 +360,4 @@ def _check_inputs(
             raise ValueError(
                 f"{name} cannot be given with matryoshka_scales, as it differs from scale to scale. Leave it out."
             )
+    kwargs.pop("use_cache", None)  # nothing follows that could use one

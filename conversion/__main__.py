@@ -2,7 +2,6 @@
 
 import logging
 import re
-import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import typer
 
 from .chat_templates import CHAT_TEMPLATES
 from .read_ahead import read_ahead
+from .signals import handling_signals
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -100,38 +100,36 @@ def convert(
 
     _show_notices()
     written = None
-    before = signal.signal(signal.SIGTERM, _stop)
     try:
-        if push_to_hub is not None:
-            check_repository(push_to_hub)
-        written = conversion.convert(
-            source,
-            destination,
-            model_base=model_base,
-            vision_tower=vision_tower,
-            dtype=None if dtype is None else getattr(torch, dtype),
-            quantize=quantize,
-            max_shard_size=max_shard_size,
-            chat_template=chat_template,
-            model_id=model_id,
-            license=license,
-            hub_id=push_to_hub,
-            overwrite=overwrite,
-        )
-        print(written)
-        if push_to_hub is not None:
-            print(f"uploaded {push(written.destination, push_to_hub, private)}")
+        with handling_signals(_stop):
+            if push_to_hub is not None:
+                check_repository(push_to_hub)
+            written = conversion.convert(
+                source,
+                destination,
+                model_base=model_base,
+                vision_tower=vision_tower,
+                dtype=None if dtype is None else getattr(torch, dtype),
+                quantize=quantize,
+                max_shard_size=max_shard_size,
+                chat_template=chat_template,
+                model_id=model_id,
+                license=license,
+                hub_id=push_to_hub,
+                overwrite=overwrite,
+            )
+            print(written)
+            if push_to_hub is not None:
+                print(f"uploaded {push(written.destination, push_to_hub, private)}")
     except KeyboardInterrupt as stop:
         left = "nothing was written" if written is None else f"{destination} is written, but not uploaded"
         print(f"m3-convert: stopped, {left}", file=sys.stderr)
-        raise typer.Exit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from stop
+        raise typer.Exit(128 + stop.args[0]) from stop
     except (ValueError, OSError) as error:
         if debug:
             raise
         print(f"m3-convert: {_one_line(error)}", file=sys.stderr)
         raise typer.Exit(1) from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _show_notices() -> None:

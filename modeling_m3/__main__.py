@@ -3,7 +3,6 @@
 Not part of a checkpoint: no file that travels with one imports this.
 """
 
-import json
 import sys
 import textwrap
 import time
@@ -18,6 +17,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreame
 from transformers.utils import logging
 
 import modeling_m3
+
+from .checkpoint import check_checkpoint
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -157,17 +158,7 @@ def _check_checkpoint(name: str) -> None:
         if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
             raise ValueError(f"There is no folder {name}.")
         return
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{name} is not a checkpoint: it has no config.json.")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
-    if config.get("model_type") != modeling_m3.M3LlavaConfig.model_type:
-        hint = ""
-        if "mm_vision_tower" in config:
-            hint = f" It is an original LLaVA checkpoint; convert it first: m3-convert {name} {folder.name}-hf"
-        raise ValueError(f"{name} is not an M3 checkpoint: its model_type is {config.get('model_type')!r}.{hint}")
+    check_checkpoint(folder)
 
 
 def main() -> None:

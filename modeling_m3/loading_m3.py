@@ -41,7 +41,7 @@ NO_DEVICES = (None, "auto", "balanced", "balanced_low_0", "sequential", "disk")
 
 
 class M3LlavaLoadingMixin:
-    """`from_pretrained` for a model that may be quantized, and spread over devices."""
+    """`from_pretrained` for a model that may be quantized, and spread over devices or processes."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
@@ -71,6 +71,12 @@ class M3LlavaLoadingMixin:
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         return loaded
+
+    def post_init(self) -> None:
+        super().post_init()
+        # CLIP names layers of its text model too, and whoever wraps or places layers by name looks for each (FSDP).
+        held = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = set(self._no_split_modules or ()) & held
 
 
 def quantizable_layers(model: nn.Module) -> list[str]:

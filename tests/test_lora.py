@@ -1,6 +1,7 @@
 """LoRA: PEFT's adapters on M3, and LLaVA's own LoRA checkpoints converted, with PEFT's merge as the reference."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from test_modeling import ANYRES, tiny_inputs, tiny_model
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils import logging
 from transformers.utils.peft_utils import check_peft_version
 
 from m3_conversion.convert import convert
@@ -133,6 +135,23 @@ def test_an_adapter_trains_on_4_bits(tmp_path):
     losses, changed = train(model)
     assert losses[-1] < losses[0]
     assert len(changed) == 2 * 2 * 7 and all(".lora_" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("targets", "warns"), [(["q_proj", "v_proj"], True), ("all-linear", True), (LANGUAGE_MODEL, False)]
+)
+def test_adapters_that_reach_the_vision_tower_are_told(targets, warns, caplog):
+    logger = logging.get_logger("transformers")
+    logger.warning_once.cache_clear()
+    logger.addHandler(caplog.handler)
+    get_peft_model(tiny_model(), lora(target_modules=targets)).train()
+    logger.removeHandler(caplog.handler)
+    assert ("layers of the vision tower have adapters, encoder.layers.0" in caplog.text) == warns
+    if warns:
+        (way,) = re.findall(r'target_modules=r"(.*)"', caplog.text)
+        model = get_peft_model(tiny_model(), lora(target_modules=way))
+        adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+        assert len(adapted) == 4 and all(".language_model." in name for name in adapted)
 
 
 # LLaVA's own LoRA checkpoints

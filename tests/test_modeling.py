@@ -437,3 +437,15 @@ def test_logits_equal_transformers_llava_at_the_finest_scale():
     with torch.no_grad():
         expected = theirs(**{name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}).logits
         torch.testing.assert_close(ours(**inputs).logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("language_model", ["llama", "mistral"])
+def test_layers_that_stay_whole_are_those_it_has(language_model):
+    """Whoever wraps or places them by name looks for each: FSDP fails where one is not found."""
+    config = tiny_config().to_dict()
+    config["text_config"]["model_type"] = language_model
+    model = M3LlavaForConditionalGeneration(type(tiny_config())(**config))
+    held = {type(module).__name__ for module in model.modules()}
+    decoder_layer = {"llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer"}[language_model]
+    for part in (model, model.model):
+        assert {"CLIPEncoderLayer", decoder_layer} <= part._no_split_modules <= held

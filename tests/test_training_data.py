@@ -150,7 +150,7 @@ def test_a_bad_sample_is_named_and_the_next_of_its_kind_stands_in(dataset, kind,
         stand_in = [samples[0], samples[0]][0]
     expected = samples[2 if bad.get("image") else 1]
     assert stand_in["input_ids"].tolist() == expected["input_ids"].tolist()
-    assert samples.bad == [0]
+    assert samples.notes["skipped"] == [0]
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("record 0 ('the-bad-one'): ")
     with pytest.raises(BadSampleError, match=f"the-bad-one'.: .*{reason}"):
@@ -179,7 +179,7 @@ def test_bad_samples_are_counted_over_the_workers(dataset, capfd):
     samples = dataset(record("a.png"), record(), record("b.png"), text_record())
     loader = DataLoader(samples, batch_size=1, num_workers=2, collate_fn=Collator(0))
     assert sum("pixel_values" in batch for batch in loader) == 3
-    assert samples.bad == [0, 2]
+    assert samples.notes["skipped"] == [0, 2]
 
 
 def test_where_all_are_bad_it_ends(dataset):
@@ -195,7 +195,7 @@ def test_text_is_cut_and_images_never(dataset, caplog):
     assert len(cut["input_ids"]) == len(cut["labels"]) == end + 60
     assert (cut["input_ids"] == whole["input_ids"][: end + 60]).all()
     samples = dataset(long_answer, max_length=end)
-    assert len(samples[0]["input_ids"]) == end and samples.unsupervised == [0]
+    assert len(samples[0]["input_ids"]) == end and samples.notes["without anything supervised"] == [0]
     assert "record 0: it has no answer within" in caplog.text
     with pytest.raises(
         BadSampleError, match=f"images end at token {end}, beyond max_length={end - 1}, and are never cut"
@@ -206,7 +206,7 @@ def test_text_is_cut_and_images_never(dataset, caplog):
 def test_what_the_original_leaves_unsupervised_is_counted(dataset, caplog):
     samples = dataset(record(question="<image>\nWhat is ASSISTANT: for?"), record())
     assert (samples[0]["labels"] == IGNORE_INDEX).all() and (samples[1]["labels"] != IGNORE_INDEX).any()
-    assert samples.unsupervised == [0] and samples.bad == []
+    assert samples.notes["without anything supervised"] == [0] and samples.notes["skipped"] == []
     assert "record 0: rounds of" in caplog.text and "Nothing of it is supervised" in caplog.text
 
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
+from m3_conversion.convert import convert
 from m3_training.arguments import CONFIGS, parse
 from m3_training.finetune import finetune, main
 
@@ -115,6 +116,36 @@ def test_a_resumed_run_has_the_losses_of_an_unbroken_one(converted, tmp_path):
     assert_same_model(unbroken.model, final)  # LoRA is merged
 
 
+def test_a_resumed_run_counts_the_bad_records_of_before(converted, tmp_path, caplog):
+    data = records(4, 2)
+    data[1]["image"] = "none.png"
+    data[5]["conversations"] = [{"from": "human", "value": "Nothing?"}]
+    settings = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 1}
+
+    def run(name, *callbacks):
+        caplog.clear()
+        finetune(
+            *parse(arguments(converted["llava15-m3"], tmp_path / name, **settings)), records=data, callbacks=callbacks
+        )
+        return [line for line in caplog.messages if " of 6 records were " in line]
+
+    expected = run("unbroken")
+    assert len(expected) == 2
+    for seen in range(1, 3):
+        with pytest.raises(KeyboardInterrupt):
+            run(f"after-{seen}", Watch(fail_after=seen + 1))
+        assert run(f"after-{seen}") == expected
+
+
+def test_a_quantized_checkpoint_is_refused(converted, tmp_path, capsys):
+    convert(GOLDENS / "llava15-m3", tmp_path / "nf4", quantize="nf4")
+    (tmp_path / "data.json").write_text(json.dumps(records(1)))
+    for more in ((), ("--lora",)):
+        assert main(arguments(tmp_path / "nf4", tmp_path / "out", *more, data_path=tmp_path / "data.json")) == 1
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "is stored in 4 or 8 bits, which m3-train does not train" in line
+
+
 def assert_same_model(model, folder):
     saved = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.tensor([[1, 5, 9, 400]])
@@ -195,6 +226,11 @@ def test_a_finished_run_is_not_run_again(converted, tmp_path, capsys):
         ({"image_folder": "none"}, "image_folder=none is no folder."),
         ({"matryoshka_scales": "7"}, "matryoshka_scales=[7]: 7 is not a number of visual tokens"),
         ({"model_name_or_path": "./none"}, "none is not a folder"),
+        (
+            {"model_name_or_path": GOLDENS / "llava15-m3"},
+            "is an original LLaVA checkpoint; convert it first: m3-convert",
+        ),
+        ({"model_name_or_path": GOLDENS}, "is not a checkpoint: it has no config.json."),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(settings, message, converted, tmp_path, capsys):

@@ -67,6 +67,12 @@ class DataArguments:
         default=None,
         metadata={"help": "Records in LLaVA's format: a JSON file, or one with a record per line (.jsonl)."},
     )
+    eval_data_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Records like data_path's, to measure the loss on at every scale: at the end, and as eval_strategy says."
+        },
+    )
     image_folder: str = field(default=".", metadata={"help": "What paths of images in the records are relative to."})
     template: str = field(
         default="chat_template",
@@ -103,10 +109,12 @@ class M3TrainingArguments(TrainingArguments):
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: samples have no columns."})
     ddp_find_unused_parameters: bool | None = field(
-        default=True, metadata={"help": "Must stay true for DDP: a batch of text does not use CLIP."}
+        default=False, metadata={"help": "Not needed: every batch has a gradient for all that is trained."}
     )
 
     def __post_init__(self):
+        if self.greater_is_better is None and "loss_at_" in (self.metric_for_best_model or ""):
+            self.greater_is_better = False  # transformers knows that of `loss` alone
         super().__post_init__()
         _check_choice(self, "scale_choice")
         if self.scale_choice == "fixed" and len(self.matryoshka_scales or ()) != 1:

@@ -33,6 +33,7 @@ Record = dict[str, Any]
 Sample = dict[str, torch.Tensor]
 
 _BAD, _UNSUPERVISED = 1, 2
+_NOTES = {"skipped": _BAD, "without anything supervised": _UNSUPERVISED}
 _MOST_BAD_IN_A_ROW = 100
 
 
@@ -131,14 +132,15 @@ class LlavaDataset(Dataset):
         return list(map(_modality_length, self.records)) if given is None else list(given)
 
     @property
-    def bad(self) -> list[int]:
-        """Indices of the records found bad so far, in this process and its workers."""
-        return (self._notes == _BAD).nonzero()[:, 0].tolist()
+    def notes(self) -> dict[str, list[int]]:
+        """Indices of the records found bad so far, in this process and its workers, by what was done with them: "skipped",
+        or "without anything supervised"."""
+        return {name: (self._notes == note).nonzero()[:, 0].tolist() for name, note in _NOTES.items()}
 
-    @property
-    def unsupervised(self) -> list[int]:
-        """Indices of the records of which nothing is supervised."""
-        return (self._notes == _UNSUPERVISED).nonzero()[:, 0].tolist()
+    def remember(self, notes: dict[str, list[int]]) -> None:
+        """Adds notes that were taken before, by another process or a run that this one goes on from."""
+        for name, indices in notes.items():
+            self._notes[indices] = _NOTES[name]
 
     def _with_stand_ins(self, index: int) -> Iterator[int]:
         yield index
@@ -202,6 +204,40 @@ class LlavaDataset(Dataset):
         if self.processor.image_token_id in input_ids[self.max_length :]:
             end = len(input_ids) - input_ids[::-1].index(self.processor.image_token_id)
             raise ValueError(f"its images end at token {end}, beyond max_length={self.max_length}, and are never cut")
+
+
+class EvaluationDataset(LlavaDataset):
+    """Samples that each count once. What cannot be used is left out: in its place stands a sample without anything to predict.
+
+    Args:
+        multiple: of this many samples it is made, so that no process is given one twice to have as many as the others.
+        args, kwargs: of `LlavaDataset`.
+    """
+
+    def __init__(self, *args: Any, multiple: int = 1, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.multiple = multiple
+
+    def __len__(self) -> int:
+        return -(-len(self.records) // self.multiple) * self.multiple
+
+    def __getitem__(self, index: int) -> Sample:
+        """As of `LlavaDataset`.
+
+        Raises:
+            BadSampleError: with `strict`.
+        """
+        if index < len(self.records):
+            try:
+                return self._sample(index)
+            except BadSampleError as error:
+                if self.strict:
+                    raise
+                self._note(index, _BAD, f"{error}. It is skipped.")
+        return {
+            "input_ids": torch.tensor([self.processor.tokenizer.pad_token_id] * 2),
+            "labels": torch.tensor([IGNORE_INDEX] * 2),
+        }
 
 
 class Collator:

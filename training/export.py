@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import GenerationConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from m3_conversion.card import model_card
 from m3_conversion.original import local_folder
@@ -32,7 +33,9 @@ def export(
         model_arguments, data_arguments: of the run, for the card.
     """
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    unset_hf_deepspeed_config()  # or it would shard the model that is written, too
     if trainer.accelerator.is_main_process:
+        weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}  # torch.compile's prefix
         source = local_folder(model_arguments.model_name_or_path, weights=False)
         config = M3LlavaConfig.from_pretrained(source)
         config.architectures = [M3LlavaForConditionalGeneration.__name__]

@@ -19,11 +19,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 import modeling_m3  # noqa: F401 - registers the classes
 from m3_conversion.original import local_folder
+from modeling_m3.checkpoint import check_checkpoint
 
 from .arguments import DataArguments, M3TrainingArguments, ModelArguments, parse
-from .data import BadSampleError, Collator, LlavaDataset, Record, read_records
+from .data import BadSampleError, Collator, EvaluationDataset, LlavaDataset, Record, read_records
 from .export import export
+from .options import check_options
 from .parameters import prepare_parameters
+from .stopping import Stopper, UndisturbedCollator
 from .trainer import M3Trainer, OptimizerClass
 
 
@@ -58,23 +61,43 @@ def finetune(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns its exit status: 0, or 1 where one line on stderr says what is wrong."""
+    """Runs the command. Returns its exit status: 0, or 1 where one line on stderr says what is wrong; 130 or 143 where
+    Ctrl-C or SIGTERM ended it."""
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.INFO)
-    try:
-        model_arguments, data_arguments, training_arguments = parse(sys.argv[1:] if arguments is None else arguments)
-        trainer = _prepare(model_arguments, data_arguments, training_arguments)
-    except (ValueError, OSError) as error:
-        return _fail(" ".join(str(error).split()))
-    try:
-        print(f"wrote {_train(trainer, model_arguments, data_arguments)}")
-    except BadSampleError as error:
-        return _fail(str(error).splitlines()[-1])  # what comes before, from a worker, is its traceback
+    with Stopper() as stopper:
+        try:
+            parsed = parse(sys.argv[1:] if arguments is None else arguments)
+            trainer = _prepare(*parsed, callbacks=[stopper])
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            return _fail(" ".join(str(error).split()))
+        except KeyboardInterrupt as stop:
+            _fail("stopped before the first step")
+            return 128 + stop.args[0]
+        try:
+            final = _train(trainer, *parsed[:2], stopper)
+        except BadSampleError as error:
+            return _fail(str(error).splitlines()[-1])  # what comes before, from a worker, is its traceback
+        except KeyboardInterrupt as stop:
+            return _stopped(trainer, stop.args[0])
+        if final is None:
+            return _stopped(trainer, stopper.signum)
+        print(f"wrote {final}")
     # Threads of gloo may hold the trainer's tensors while Python ends, and abort it (pytorch/pytorch#179291).
     del trainer
     gc.collect()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0
+
+
+def _stopped(trainer: M3Trainer, signum: int) -> int:
+    checkpoint = _last_checkpoint(Path(trainer.args.output_dir))
+    where = f"the same command goes on from {checkpoint}"
+    if checkpoint is None:
+        where = "there is no checkpoint yet, and the same command begins anew"
+    if trainer.accelerator.is_main_process:
+        _fail(f"stopped after step {trainer.state.global_step}: {where}")
+    return 128 + signum
 
 
 def _fail(message: str) -> int:
@@ -90,9 +113,15 @@ def _prepare(
     callbacks: Sequence[TrainerCallback] = (),
     optimizer_class: OptimizerClass | None = None,
 ) -> M3Trainer:
+    check_options(arguments)
     _last_checkpoint(Path(arguments.output_dir))
     name = model_arguments.model_name_or_path
-    local_folder(name, weights=False)
+    config = check_checkpoint(local_folder(name, weights=False))
+    if config.get("quantization_config"):
+        raise ValueError(
+            f"{name} is stored in 4 or 8 bits, which m3-train does not train: start from the checkpoint in full precision, or "
+            "train adapters with peft (docs/lora.md)."
+        )
     if records is None:
         if data_arguments.data_path is None:
             raise ValueError("data_path is missing: name a JSON file of records in LLaVA's format.")
@@ -101,14 +130,17 @@ def _prepare(
         raise ValueError(f"image_folder={data_arguments.image_folder} is no folder.")
     processor = AutoProcessor.from_pretrained(name, backend="pil")  # whose pixels are the original's
     scales = arguments.scales(processor.visual_token_scales)
-    dataset = LlavaDataset(
-        records,
-        processor,
-        image_folder=data_arguments.image_folder,
-        template=data_arguments.template,
-        max_length=data_arguments.model_max_length,
-        strict=data_arguments.strict,
-    )
+    samples = {
+        "processor": processor,
+        "image_folder": data_arguments.image_folder,
+        "template": data_arguments.template,
+        "max_length": data_arguments.model_max_length,
+        "strict": data_arguments.strict,
+    }
+    eval_dataset = None
+    if data_arguments.eval_data_path is not None:
+        multiple = arguments.world_size * arguments.eval_batch_size
+        eval_dataset = EvaluationDataset(read_records(data_arguments.eval_data_path), multiple=multiple, **samples)
     set_seed(arguments.seed)  # LoRA starts at random
     # In full precision, as the optimizer needs it: `bf16` computes in bfloat16, and the final folder is stored as the source.
     model = AutoModelForImageTextToText.from_pretrained(
@@ -120,18 +152,34 @@ def _prepare(
         optimizer_class=optimizer_class,
         model=model,
         args=arguments,
-        train_dataset=dataset,
-        data_collator=Collator(processor.tokenizer.pad_token_id),
+        train_dataset=LlavaDataset(records, **samples),
+        eval_dataset=eval_dataset,
+        data_collator=UndisturbedCollator(Collator(processor.tokenizer.pad_token_id)),
         processing_class=processor,
         callbacks=list(callbacks),
     )
 
 
-def _train(trainer: M3Trainer, model_arguments: ModelArguments, data_arguments: DataArguments) -> Path:
+def _train(
+    trainer: M3Trainer,
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    stopper: Stopper | None = None,
+) -> Path | None:
+    """Trains and writes the final folder, which it returns; None where a signal ended training before."""
     output = Path(trainer.args.output_dir)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(output))
+    checkpoint = _last_checkpoint(output)
+    if checkpoint is not None:
+        logger.info("going on from %s", checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if stopper is not None and stopper.signum:
+        return None
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
     trainer.save_state()
     _report(trainer.train_dataset, trainer)
+    if trainer.eval_dataset is not None:
+        _report(trainer.eval_dataset, trainer)
     export(trainer, output / "final", model_arguments, data_arguments)
     return output / "final"
 
@@ -160,12 +208,12 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 
 def _report(dataset: LlavaDataset, trainer: M3Trainer) -> None:
-    for what, indices in (("skipped", dataset.bad), ("without anything supervised", dataset.unsupervised)):
+    for what, indices in dataset.notes.items():
         indices = sorted(set(gather_object(indices)))
         if indices and trainer.accelerator.is_main_process:
             names = [dataset.name(index) for index in indices[:_NAMES_IN_REPORT]]
             names += ["..."] if len(indices) > len(names) else []
-            logger.warning("%d of %d records were %s: %s", len(indices), len(dataset), what, ", ".join(names))
+            logger.warning("%d of %d records were %s: %s", len(indices), len(dataset.records), what, ", ".join(names))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
 from .arguments import M3TrainingArguments
+from .data import IGNORE_INDEX, LlavaDataset
 from .parameters import parameter_groups
 from .sampler import ModalityLengthSampler
 
@@ -23,15 +25,17 @@ class M3Trainer(Trainer):
     """Trains on batches made at the finest scale.
 
     Losses are averaged over the supervised tokens of the global batch, on all processes together. Logs hold, next to
-    `loss`, a `loss_at_{scale}` per scale: the average over the steps since the last log that trained it.
+    `loss`, a `loss_at_{scale}` per scale: the average over the steps since the last log that trained it. Evaluations hold
+    the same with `eval_` before it, each averaged over all supervised tokens of the data set.
 
     Args:
         scales: numbers of visual tokens to train at; all of them, or one drawn for each step, as `args.scale_choice` says.
         optimizer_class: called with the model and its parameter groups, in place of the optimizer that `args` name.
-        kwargs: of `Trainer`.
+        kwargs: of `Trainer`. An `eval_dataset` is an `EvaluationDataset`.
     """
 
     args: M3TrainingArguments
+    train_dataset: LlavaDataset
 
     def __init__(self, *, scales: Sequence[int], optimizer_class: OptimizerClass | None = None, **kwargs: Any):
         super().__init__(**kwargs)
@@ -40,9 +44,11 @@ class M3Trainer(Trainer):
         self._scale_losses: dict[int, torch.Tensor] = {}
         self._scale_steps: dict[int, set[int]] = {}
         self._sampler: ModalityLengthSampler | None = None
+        self._evaluated = torch.zeros(len(self.scales) + 1)
         self.add_callback(_EpochOfSampler(self))
-        if not self.is_deepspeed_enabled:  # which has gradients of its own, zero where a batch made none
-            self.add_callback(_GradientOfZero(self))
+        self.add_callback(_NotesInCheckpoints(self))
+        if not self.is_deepspeed_enabled:  # which keeps gradients elsewhere
+            self.add_callback(_NoGradientMissing(self))
 
     def scales_of_step(self) -> list[int]:
         """The scales of the current optimizer step: the same on every process, and again after a run is resumed."""
@@ -65,6 +71,30 @@ class M3Trainer(Trainer):
             self._scale_losses[scale] = self._scale_losses.get(scale, 0) + scale_loss
             self._scale_steps.setdefault(scale, set()).add(self.state.global_step)
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, matryoshka_scales=self.scales, num_items_in_batch=tokens.clamp(min=1))
+        self._evaluated = self._evaluated.to(tokens.device)
+        self._evaluated += torch.stack([*(outputs.scale_losses.float() * tokens), tokens])
+        return outputs.loss, None, None
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
+        self._evaluated.zero_()
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        *sums, tokens = self.accelerator.reduce(self._evaluated, "sum").tolist()
+        losses = [total / max(tokens, 1) for total in sums]
+        output.metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
+        output.metrics.update(
+            {f"{metric_key_prefix}_loss_at_{scale}": loss for scale, loss in zip(self.scales, losses)}
+        )
+        return output
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -121,17 +151,47 @@ class _EpochOfSampler(TrainerCallback):
             self.trainer._sampler.set_epoch(int(state.epoch or 0))
 
 
-class _GradientOfZero(TrainerCallback):
-    """A parameter that a batch of text does not use has a gradient of zero, not none, so its momentum moves it.
+class _NotesInCheckpoints(TrainerCallback):
+    """Carries what was found bad in the data through checkpoints, so that a resumed run reports all of it at its end."""
 
-    So it is in the original, which gives text a blank image, and where parameters are sharded. It makes all ways of training
-    one, and no parameter lacks a state in a checkpoint's optimizer.
-    """
+    def __init__(self, trainer: M3Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.train_dataset.remember(state.stateful_callbacks.get(type(self).__name__, {}))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._collect(state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._collect(state, control)
+
+    def _collect(self, state: Any, control: Any) -> None:
+        if control.should_save:  # the same on every process
+            gathered = gather_object([self.trainer.train_dataset.notes])
+            names = {name for notes in gathered for name in notes}
+            state.stateful_callbacks[type(self).__name__] = {
+                name: sorted({index for notes in gathered for index in notes[name]}) for name in names
+            }
+
+
+class _NoGradientMissing(TrainerCallback):
+    """Every trained parameter has a gradient after every batch, of zero where it did not matter. One without would go on as
+    it is while the loss looks well: so its lack ends the run."""
 
     def __init__(self, trainer: M3Trainer):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for parameter in self.trainer.model.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        missing = [
+            name
+            for name, parameter in self.trainer.model.named_parameters()
+            if parameter.requires_grad
+            and parameter.grad is None
+            and parameter.numel()  # a shard may hold nothing of it
+        ]
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} trained parameter(s) got no gradient in step {state.global_step + 1}, {missing[0]} first: "
+                "the way of training that the arguments ask for does not reach them. Nothing was trained in this step."
+            )

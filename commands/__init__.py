@@ -1,0 +1,39 @@
+"""Where the commands start: Ctrl-C and SIGTERM end them in one line, also while torch and transformers are being imported.
+
+Imports nothing of theirs before that is seen to. A command that has to clean up handles signals by itself from then on.
+"""
+
+import importlib
+import os
+
+from m3_conversion.signals import handling_signals
+
+
+def ask() -> int | None:
+    return _run("m3-ask", "modeling_m3.__main__")
+
+
+def convert() -> int | None:
+    return _run("m3-convert", "m3_conversion.__main__")
+
+
+def train() -> int | None:
+    return _run("m3-train", "m3_training.finetune")
+
+
+def train_tiny() -> int | None:
+    return _run("m3-train-tiny", "m3_training.m3_tiny.__main__")
+
+
+def _run(name: str, module: str) -> int | None:
+    """Runs `main()` of a module. Returns its exit status; 128 and the signal's number where one ended it."""
+    process = os.getpid()
+
+    def stop(signum: int, frame: object) -> None:
+        # Not by an exception: modules that are being imported turn it into others.
+        if os.getpid() == process:
+            os.write(2, f"\n{name}: stopped\n".encode())
+        os._exit(128 + signum)
+
+    with handling_signals(stop):
+        return importlib.import_module(module).main()

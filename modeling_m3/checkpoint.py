@@ -1,0 +1,31 @@
+"""What a folder is, for the commands: an M3 checkpoint, or one of the things that people give in its place.
+
+Not part of a checkpoint: no file that travels with one imports this.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .configuration_m3 import M3LlavaConfig
+
+
+def check_checkpoint(folder: Path) -> dict[str, Any]:
+    """The content of an M3 checkpoint's `config.json`.
+
+    Raises:
+        ValueError: the folder is no M3 checkpoint; for one that can be converted, by which command.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is not a checkpoint: it has no config.json.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if config.get("model_type") != M3LlavaConfig.model_type:
+        hint = ""
+        if "mm_vision_tower" in config:
+            hint = f" It is an original LLaVA checkpoint; convert it first: m3-convert {folder} {folder.name}-hf"
+        raise ValueError(f"{folder} is not an M3 checkpoint: its model_type is {config.get('model_type')!r}.{hint}")
+    return config

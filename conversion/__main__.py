@@ -57,7 +57,10 @@ def convert(
     destination: Annotated[str, typer.Argument(metavar="DST", help="The folder to write.")],
     model_base: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Of a LoRA adapter: the folder or Hub id of what it was trained on."),
+        typer.Option(
+            metavar="DIR",
+            help="Of a LoRA adapter or a projector alone: the folder or Hub id of what it was trained on.",
+        ),
     ] = None,
     vision_tower: Annotated[
         str | None, typer.Option(metavar="DIR", help="CLIP folder or Hub id, in place of the config's mm_vision_tower.")

@@ -27,13 +27,24 @@ from .mapping import (
     CHECKPOINT_KEYS,
     CHECKPOINT_VISION_PREFIX,
     CLIP_KEYS,
+    EMBEDDING_KEY,
     OPTIONAL_NAMES,
     original_keys,
     remap_key,
     translate_config,
     unknown_settings,
 )
-from .original import ConversionError, StoredTensor, local_folder, read_json, stored_tensors
+from .original import (
+    PROJECTOR_FILE,
+    ConversionError,
+    StoredTensor,
+    file_tensors,
+    has_model_weights,
+    local_folder,
+    read_json,
+    stored_tensors,
+    unwrapped,
+)
 from .quantization import Quantization, quantization_config, quantize_plan
 from .tokenizer import build_tokenizer
 from .vision import VisionTower, find_vision_tower
@@ -92,7 +103,7 @@ def convert(
     Args:
         source: the checkpoint's folder or its Hub id.
         destination: the folder to write. It appears under this name only when it is whole.
-        model_base: where `source` is a LoRA adapter, the folder or Hub id of the model it was trained on.
+        model_base: where `source` is a LoRA adapter or a projector alone, the folder or Hub id of what it was trained on.
         vision_tower: a CLIP folder or Hub id in place of the one that the checkpoint's config names.
         dtype: to store the weights in; as they are stored by default.
         quantize: store the language model's layers in 4 bits ("nf4") or 8 ("int8"), as bitsandbytes has them.
@@ -116,10 +127,7 @@ def convert(
     arguments = translate_config(original, str(config_file))
     for setting in unknown_settings(original):
         logger.warning("%s: the setting %s is not known and has no effect on what is written", config_file, setting)
-    base = _base_folder(folder, model_base)  # has what an adapter's folder lacks: weights and tokenizer
-    checkpoint = stored_tensors(base)
-    if base != folder:
-        checkpoint = merged_tensors(folder, checkpoint, base)
+    base, checkpoint = _base(folder, model_base)  # has what such a folder may lack: weights and tokenizer
     vision = find_vision_tower(original, folder, checkpoint, vision_tower)
     _check_apart(destination, folder, base, vision.folder)
     with _naming(base):
@@ -262,18 +270,31 @@ def build_processor(
     )
 
 
-def _base_folder(folder: Path, model_base: str | Path | None) -> Path:
-    """Where the weights that a LoRA adapter changes lie; the folder itself for a model."""
-    if not is_adapter(folder):
+def _base(folder: Path, model_base: str | Path | None) -> tuple[Path, dict[str, StoredTensor]]:
+    """Where the language model lies, and all tensors: of a whole model its own; of an adapter or a projector, those of the
+    model that it was trained on, with its own in their places.
+
+    Source: the original's `load_pretrained_model` (`llava/model/builder.py`).
+    """
+    projector = folder / PROJECTOR_FILE
+    is_projector = projector.exists() and (model_base is not None or not has_model_weights(folder))
+    if not is_adapter(folder) and not is_projector:
         if model_base is not None:
             raise ConversionError(
-                f"{folder} holds no LoRA adapter, but --model-base {model_base} is given: leave it out"
+                f"{folder} holds no LoRA adapter and no {PROJECTOR_FILE}, but --model-base {model_base} is given: leave it out"
             )
-        return folder
+        return folder, unwrapped(stored_tensors(folder), EMBEDDING_KEY, folder)
     if model_base is None:
-        trained_on = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        raise ConversionError(f"{folder} is a LoRA adapter of {trained_on!r}: name that model with --model-base")
-    return local_folder(model_base)
+        what = f"only a projector, {PROJECTOR_FILE}: name the language model"
+        if is_adapter(folder):
+            trained_on = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+            what = f"a LoRA adapter of {trained_on!r}: name that model"
+        raise ConversionError(f"{folder} is {what} with --model-base")
+    base = local_folder(model_base)
+    checkpoint = unwrapped(stored_tensors(base), EMBEDDING_KEY, base)
+    if is_adapter(folder):
+        return base, merged_tensors(folder, checkpoint, base)
+    return base, checkpoint | file_tensors(projector)
 
 
 def _check_apart(destination: Path, *sources: Path | None) -> None:
@@ -298,10 +319,11 @@ def _check_vocabulary(
     original: dict[str, Any], checkpoint: dict[str, StoredTensor], tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> int:
     """The number of rows of the original's embedding, which its config and tokenizer must agree with."""
-    embedding = checkpoint.get("model.embed_tokens.weight")
+    embedding = checkpoint.get(EMBEDDING_KEY)
     if embedding is None:
         raise ConversionError(
-            f"{folder}: model.embed_tokens.weight is missing from the weights: is the checkpoint whole?"
+            f"{folder}: {EMBEDDING_KEY} is missing from the weights, which have {len(checkpoint)} others, as "
+            f"{next(iter(checkpoint), 'none')}: is it a whole LLaVA checkpoint?"
         )
     rows = embedding.shape[0]
     if original.get("vocab_size", rows) != rows:

@@ -25,6 +25,10 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# What LLaVA's training writes in the place of a model: adapters, what was trained beside them, a projector.
+PROJECTOR_FILE = "mm_projector.bin"
+_SMALL_WEIGHTS = ("adapter_model.*", "non_lora_trainables.bin", PROJECTOR_FILE)
+_POINTER = "version https://git-lfs"  # how a file of Git LFS begins where its content was not fetched
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -119,7 +123,7 @@ def local_folder(name: str | Path, *, weights: bool = True) -> Path:
     if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
         raise ConversionError(f"{name} is not a folder: give a checkpoint's folder or its Hub id")
     try:
-        small = ["*.json", "*.model", "README.md", "adapter_model.*", "non_lora_trainables.bin"]  # adapters are small
+        small = ["*.json", "*.model", "README.md", *_SMALL_WEIGHTS]
         folder = Path(snapshot_download(str(name), allow_patterns=small))
         for pattern in ("model*.safetensors", "pytorch_model*.bin") if weights else ():
             snapshot_download(str(name), allow_patterns=[pattern])
@@ -138,14 +142,29 @@ def read_json(file: Path) -> dict[str, Any]:
         ConversionError: the file is missing, is not valid JSON, or does not hold an object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        check_content(file, text)
+        content = json.loads(text)
     except FileNotFoundError as error:
         raise ConversionError(f"{file} is missing: is {file.parent} a whole checkpoint folder?") from error
+    except ConversionError:
+        raise
     except ValueError as error:  # also text that is not UTF-8
         raise ConversionError(f"{file} is not valid JSON ({error}): download or copy it again") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{file} holds a {type(content).__name__}, not an object: download or copy it again")
     return content
+
+
+def check_content(file: Path, content: str | bytes) -> None:
+    """Raises `ConversionError` for a file, or its beginning, whose content git left where it came from."""
+    if content.startswith(_POINTER if isinstance(content, str) else _POINTER.encode()):
+        raise ConversionError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in {file.parent}")
+
+
+def has_model_weights(folder: Path) -> bool:
+    """Whether a folder holds a whole model's weights, or an index of them."""
+    return any((folder / name).exists() for name in WEIGHT_FILES)
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -158,8 +177,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     file = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
     if file is None:
         raise ConversionError(
-            f"{folder} holds no model weights ({', '.join(WEIGHT_FILES)}): a projector alone must be put "
-            "into its language model first"
+            f"{folder} holds no model weights ({', '.join(WEIGHT_FILES)}): is it a whole checkpoint folder?"
         )
     whole = WholeFile()
     if file.suffix != ".json":
@@ -175,6 +193,24 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 where = f"does not list {key} under {shard.name}, which holds it"
             raise ConversionError(f"{file} {where}: the index and the files are not of one checkpoint")
         tensors |= held
+    return tensors
+
+
+def unwrapped(
+    tensors: dict[str, StoredTensor], key: str, folder: Path, prefixes: tuple[str, ...] = ("",)
+) -> dict[str, StoredTensor]:
+    """The tensors, of which every model of the kind has `key`, after one of `prefixes`.
+
+    Raises:
+        ConversionError: it is there under a name that something which wrapped the model has put before every key.
+    """
+    found = [name.removesuffix(key) for name in tensors if name.endswith(key)]
+    if found and not set(found) & set(prefixes):
+        prefix = min((name.removesuffix(known) for name in found for known in prefixes), key=len)
+        raise ConversionError(
+            f"{folder}: keys of its weights begin with {prefix!r}, which a wrapper of the model has put there: save "
+            "the model inside of it, or take that off the keys"
+        )
     return tensors
 
 
@@ -201,6 +237,8 @@ def _indexed_shards(index: Path) -> dict[Path, set[str]]:
 
 
 def _tensors_of(file: Path, whole: WholeFile) -> dict[str, StoredTensor]:
+    with open(file, "rb") as opened:
+        check_content(file, opened.read(len(_POINTER)))
     return (_safetensors_of if file.suffix == ".safetensors" else _bin_tensors_of)(file, whole)
 
 

@@ -88,6 +88,11 @@ def quantize_plan(
 
 @lru_cache(maxsize=1)  # the parts of one layer are written one after the other
 def _parts_of(weight: PlannedTensor, quantization: Quantization) -> dict[str, torch.Tensor]:
+    if (
+        quantization == "int8"
+    ):  # row by row, so a few of them at a time: bitsandbytes makes several copies of what it is given
+        rows = [_quantize(chunk.view(-1, *weight.shape[1:]), quantization) for chunk in weight.chunks()]
+        return {**rows[0], **{key: torch.cat([part[key] for part in rows]) for key in ("weight", "SCB")}}
     values = torch.empty(math.prod(weight.shape), dtype=weight.dtype)
     end = 0
     for chunk in weight.chunks():

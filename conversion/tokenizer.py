@@ -30,7 +30,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from .original import ConversionError, read_json
+from .original import ConversionError, check_content, read_json
 
 
 logger = logging.getLogger(__name__)
@@ -114,8 +114,10 @@ def read_sentencepiece(path: Path) -> Vocabulary:
     Raises:
         ConversionError: the file is empty, cut off, no sentencepiece model, not BPE, or changes text before it splits.
     """
+    data = path.read_bytes()
+    check_content(path, data)
     try:
-        model = _parse_sentencepiece(path.read_bytes())
+        model = _parse_sentencepiece(data)
         trainer, normalizer = model.trainer_spec, model.normalizer_spec
         ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
         unknown = [piece.piece for piece in model.pieces if piece.type == piece.UNKNOWN]
@@ -392,8 +394,6 @@ def _as_token(token: str | dict[str, Any]) -> AddedToken:
 def _parse_sentencepiece(data: bytes) -> ModelProto:
     if not data:
         raise ValueError("the file is empty")
-    if data.startswith(b"version https://git-lfs"):
-        raise ValueError("it is a Git LFS pointer, the file itself was not downloaded")
     try:
         model = ModelProto.FromString(data)
         if not model.HasField("trainer_spec") or not model.HasField("normalizer_spec"):  # they follow the pieces

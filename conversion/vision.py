@@ -1,12 +1,13 @@
 """Where a checkpoint's vision tower comes from: its weights, its configuration and its preprocessing."""
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .mapping import CHECKPOINT_VISION_PREFIX
-from .original import ConversionError, StoredTensor, local_folder, read_json, stored_tensors
+from .original import ConversionError, StoredTensor, local_folder, read_json, stored_tensors, unwrapped
 
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,9 @@ def find_vision_tower(
             "the checkpoint's own vision weights do not count (no unfreeze_mm_vision_tower: true): %s's do", name
         )
 
-    tower = next((path for path in (Path(name), folder.parent / name) if path.is_dir()), None)
+    # As it is called and where it lies: "." has no parent of a name, and a link lies elsewhere.
+    beside = (Path(os.path.abspath(folder)).parent / name, folder.resolve().parent / name)
+    tower = next((path for path in (Path(name), *beside) if path.is_dir()), None)
     if tower is None and inside and Path(name).name == BUILT_IN_NAME:
         return VisionTower(BUILT_IN_CONFIG, BUILT_IN_PREPROCESSING, None, None)
     if tower is None:
@@ -93,7 +96,10 @@ def find_vision_tower(
             tower = local_folder(name, weights=not inside)
         except ConversionError as error:
             raise ConversionError(f"vision tower {error}; name another with --vision-tower") from error
-    return VisionTower(_config(tower), _preprocessing(tower), None if inside else stored_tensors(tower), tower)
+    tensors = None
+    if not inside:
+        tensors = unwrapped(stored_tensors(tower), "embeddings.class_embedding", tower, ("", "vision_model."))
+    return VisionTower(_config(tower), _preprocessing(tower), tensors, tower)
 
 
 def _config(tower: Path) -> dict[str, Any]:

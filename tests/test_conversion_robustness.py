@@ -119,7 +119,7 @@ DAMAGES = {
     "no weights": (lambda f: [p.unlink() for p in f.glob("model*")], ["no model weights"]),
     "projector only": (
         lambda f: [p.unlink() for p in f.glob("model*")] + [(f / "mm_projector.bin").touch()],
-        ["no model weights", "its language model"],
+        ["mm_projector.bin", "name the language model with --model-base"],
     ),
     "shard missing": (remove(SHARD), [SHARD, "missing"]),
     "shard truncated": (truncate(SHARD), [SHARD, "truncated"]),
@@ -133,7 +133,7 @@ DAMAGES = {
     "bin is a web page": (as_bin(write("pytorch_model.bin", b"<html>")), ["pytorch_model.bin", "damaged"]),
     "bin is a Git LFS pointer": (
         as_bin(write("pytorch_model.bin", b"version https://git-lfs.github.com/spec/v1\n")),
-        ["pytorch_model.bin", "damaged"],
+        ["pytorch_model.bin", "Git LFS pointer", "git lfs pull"],
     ),
     "bin calls code": (with_code, ["pytorch_model.bin", "refused", "mkdir"]),
     "bin in a dict": (in_a_dict, ["pytorch_model.bin", "state_dict"]),
@@ -449,7 +449,7 @@ for i in range(16):
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     """574 MB of weights, 262 MB of them in two tensors: no more than 120 MB above what a checkpoint of 1 MB needs.
 
-    Quantizing has bitsandbytes work on a whole layer, 45 MB in its float32, in a few copies: no more than 200 MB.
+    Quantizing keeps a layer in 8 bits beside it, 11 MB, and bitsandbytes has a few copies of what it is given.
     """
     source = copy_golden("llava-next-m3", tmp_path)
     shapes = {key: list(tensor.shape) for key, tensor in read_weights(source).items()}
@@ -493,4 +493,4 @@ print(*((after - before) // 1024 for before, after in zip(peaks, peaks[1:])))
         assert (tmp_path / name / "model.safetensors").stat().st_size > end > 5e8
         shutil.rmtree(tmp_path / name)
     copied, cast, quantized = map(int, output.splitlines()[-1].split())
-    assert copied + cast < 120 and quantized < 200, (copied, cast, quantized)
+    assert copied + cast < 120 and quantized < 120, (copied, cast, quantized)

@@ -25,6 +25,7 @@ from .visual_tokens import (
     MERGE_TYPES,
     ImageLayout,
     check_choice,
+    as_plain,
     check_num_visual_tokens,
     check_pinpoints,
     check_scales,
@@ -101,9 +102,10 @@ class M3LlavaProcessor(ProcessorMixin):
             visual_token_scales = default_scales(side, with_class_token)
         check_scales(visual_token_scales, side)
         if num_visual_tokens is not None:
-            check_num_visual_tokens([num_visual_tokens], visual_token_scales, num_images=1)
+            [num_visual_tokens] = check_num_visual_tokens([num_visual_tokens], visual_token_scales, num_images=1)
 
         self.auto_map = {"AutoProcessor": "processing_m3.M3LlavaProcessor"}  # as saving would set it
+        visual_token_scales = as_plain(visual_token_scales)
         self.patch_size = patch_size
         self.visual_token_scales = visual_token_scales
         self.num_visual_tokens = num_visual_tokens
@@ -117,11 +119,15 @@ class M3LlavaProcessor(ProcessorMixin):
         """
         Prepares images and text for the model.
 
+    def to_dict(self) -> dict[str, Any]:
+        """What is stored; a default that was set as numpy's or torch's number as Python's own."""
+        return {**super().to_dict(), "num_visual_tokens": as_plain(self.num_visual_tokens)}
+
         Args:
             images: One image, a list, or a list per prompt: PIL images, arrays, tensors, paths or URLs.
             text: One prompt or a list, with one `<image>` per image. Where the tokenizer begins prompts with a token, so do
                 `input_ids`, once, whether or not the text is written with it.
-            num_visual_tokens (`int` or `list[int]`, *optional*): What each image may cost, per tile: one of
+            num_visual_tokens (`int` or `list[int]`, or numpy's or torch's, *optional*): What each image may cost, per tile: one of
                 `visual_token_scales` for all images, or a list with one per image in reading order.
             image_grid_pinpoints (`list[list[int]]`, *optional*): Resolutions for this call, as (height, width).
             kwargs: Anything the tokenizer and the image processor take: `return_tensors`, `padding`, ...
@@ -146,6 +152,9 @@ class M3LlavaProcessor(ProcessorMixin):
         return super().__call__(images=images, text=text, **kwargs)
 
     def _begin_once(self, prompts: list[str], kwargs: dict[str, Any]) -> list[str]:
+        for given in (kwargs, kwargs.get("images_kwargs", {})):  # transformers would refuse numpy's and torch's numbers
+            if "num_visual_tokens" in given:
+                given["num_visual_tokens"] = as_plain(given["num_visual_tokens"])
         """Has every prompt begin with the tokenizer's first token once; the rest is tokenized as if it stood alone."""
         is_list = isinstance(prompts, (list, tuple)) and len(prompts) > 0
         if not is_list or not all(isinstance(prompt, str) for prompt in prompts):

@@ -28,6 +28,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -154,7 +155,9 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def check_scales(scales: Sequence[int], side: int) -> None:
     """Raises `ValueError` unless `scales` is a list of distinct scales of a grid of `side * side` patches."""
     possible = possible_scales(side)
-    wrong = [scale for scale in scales if isinstance(scale, bool) or scale not in possible]
+    wrong = [
+        scale for scale in scales if isinstance(scale, bool) or not isinstance(scale, int) or scale not in possible
+    ]
     if wrong or not scales or len(set(scales)) != len(scales):
         raise ValueError(
             f"visual_token_scales={list(scales)!r} must be distinct scales of the {side}x{side} grid of patches: "
@@ -163,18 +166,21 @@ def check_scales(scales: Sequence[int], side: int) -> None:
 
 
 def check_num_visual_tokens(
-    num_visual_tokens: int | list[int] | None,
+    num_visual_tokens: Any,
     scales: Sequence[int],
     num_images: int,
     name: str = "num_visual_tokens",
 ) -> list[int]:
     """One scale per image from what a caller may pass: an int for all, a list with one per image, None for the finest.
 
+    Lists may be tuples, arrays or tensors, and numbers numpy's or torch's; what is returned is Python's own.
+
     Raises `ValueError` that gives the value by `name` and the allowed scales. The original rounds such values silently: 100
     becomes 144, 200 becomes 576.
     """
     if num_visual_tokens is None:
         return [max(scales)] * num_images
+    num_visual_tokens = as_plain(num_visual_tokens)
     values = num_visual_tokens if isinstance(num_visual_tokens, list) else [num_visual_tokens]
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int) or value not in scales:
@@ -186,10 +192,17 @@ def check_num_visual_tokens(
         return values * num_images
     if len(values) != num_images:
         raise ValueError(
-            f"num_visual_tokens={num_visual_tokens!r} has {len(values)} entries for {num_images} image(s). Pass one int "
+            f"{name}={num_visual_tokens!r} has {len(values)} entries for {num_images} image(s). Pass one int "
             "for all images, or a list with one int per image in reading order."
         )
     return values
+
+
+def as_plain(value: Any) -> Any:
+    """Python's own numbers, in lists, for numpy's and torch's scalars and arrays, and tuples or lists of them."""
+    if isinstance(value, (list, tuple)):
+        return [as_plain(entry) for entry in value]
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic, torch.Tensor)) else value
 
 
 def check_pinpoints(image_grid_pinpoints: Sequence[Sequence[int]], tile_size: int) -> None:

@@ -1,8 +1,10 @@
 """The processor: placeholders, budgets that do not leak, bad input refused before it reaches a model."""
 
 import copy
+import json
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from conftest import picture, tiny_config
@@ -151,7 +153,54 @@ def test_the_default_budget_is_the_checkpoints(loaded, tmp_path):
     assert reloaded.visual_token_scales == processor.visual_token_scales
 
 
-@pytest.mark.parametrize("budget", [100, 0, -1, "abc", "36", 36.5, 36.0, True, [36, 36], [], [[36]], torch.tensor(36)])
+WRONG = [np.bool_(True), np.float64(36), torch.tensor(36.0), torch.tensor(True), np.array(["36"]), torch.tensor([[36]])]
+WHOLE_NUMBERS = [
+    np.int64(36),
+    np.uint8(36),
+    torch.tensor(36),
+    np.array(36),
+    (36, 9),
+    np.array([36, 9]),
+    torch.tensor([36, 9]),
+]
+
+
+@pytest.mark.parametrize("budget", [*WHOLE_NUMBERS, [np.int32(36), torch.tensor(9)]], ids=str)
+@pytest.mark.parametrize("nested", [False, True])
+def test_whole_numbers_of_numpy_and_torch_are_budgets(budget, nested, loaded):
+    model, processor = loaded["llava15-m3"]
+    images, text = [picture("img5_97x53.png")] * 2, "USER: <image> <image> Which? ASSISTANT:"
+    plain = [36, 36] if np.ndim(budget) == 0 else [36, 9]
+    kwargs = {"num_visual_tokens": budget}
+    inputs = processor(
+        images=images, text=text, return_tensors="pt", **({"images_kwargs": kwargs} if nested else kwargs)
+    )
+    assert inputs["num_visual_tokens"].tolist() == plain
+    again = processor(images=images, text=text, num_visual_tokens=inputs["num_visual_tokens"], return_tensors="pt")
+    assert torch.equal(again["input_ids"], inputs["input_ids"])
+    assert processor._get_num_multimodal_tokens([(336, 336)] * 2, **kwargs)["num_image_tokens"] == plain
+    with torch.no_grad():
+        expected = model(**{**inputs, "num_visual_tokens": plain}).logits
+        assert torch.equal(model(**{**inputs, **kwargs}).logits, expected)
+        tokens = model.get_visual_tokens(model.encode_images(inputs["pixel_values"]), budget)
+    assert list(map(len, tokens)) == plain
+    answers = [model.generate(**{**inputs, "num_visual_tokens": each}, max_new_tokens=2) for each in (budget, plain)]
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("default", [np.int64(36), torch.tensor(36)])
+def test_a_default_budget_is_stored_as_a_plain_number(default, loaded, tmp_path):
+    _, processor = loaded["llava15-m3"]
+    given = M3LlavaProcessor(processor.image_processor, processor.tokenizer, num_visual_tokens=default)
+    assigned = copy.copy(processor)
+    assigned.num_visual_tokens = default
+    for each in (given, assigned):
+        each.save_pretrained(tmp_path)
+        stored = json.loads((tmp_path / "processor_config.json").read_text(encoding="utf-8"))
+        assert stored["num_visual_tokens"] == 36
+
+
+@pytest.mark.parametrize("budget", [100, 0, -1, "abc", "36", 36.5, 36.0, True, [36, 36], [], [[36]], *WRONG])
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_wrong_budget_is_refused(budget, nested, loaded):
     _, processor = loaded["llava15-m3"]

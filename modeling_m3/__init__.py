@@ -27,6 +27,7 @@ REMOTE_CODE_FILES = (
     "modeling_m3.py",
     "objective_m3.py",
     "outputs_m3.py",
+    "pictures.py",
     "processing_m3.py",
     "visual_tokens.py",
 )

@@ -18,7 +18,6 @@ Arrays and tensors are (c channels, h height, w width) until they are stacked.
 """
 
 import math
-import os
 from functools import lru_cache
 from typing import Any
 
@@ -28,11 +27,18 @@ from PIL import Image, UnidentifiedImageError
 from torch.nn.utils.rnn import pad_sequence
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    PILImageResampling,
+    SizeDict,
+    infer_channel_dimension_format,
+)
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import is_torchvision_available, logging
 
-from .visual_tokens import check_pinpoints, tile_grid
+from .pictures import open_pictures
+from .visual_tokens import as_plain, check_pinpoints, tile_grid
 
 
 logger = logging.get_logger(__name__)
@@ -42,9 +48,13 @@ class M3LlavaImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
     image_grid_pinpoints (`list[list[int]]`, *optional*):
         (height, width) pairs in pixels that a picture may be resized to before it is cut into tiles ("anyres").
+    image_mean, image_std (`float` or `list[float]`, *optional*):
+        One number for all channels, or one for each; numpy's and torch's too.
     """
 
     image_grid_pinpoints: list | tuple | None
+    image_mean: Any
+    image_std: Any
 
 
 class _Views:
@@ -80,6 +90,13 @@ class _Views:
         if self.image_grid_pinpoints is not None:
             check_pinpoints(self.image_grid_pinpoints, self.crop_size.height)
 
+    def _standardize_kwargs(self, image_mean: Any = None, image_std: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """One number for all channels becomes one for each."""
+        image_mean, image_std = _per_channel("image_mean", image_mean), _per_channel("image_std", image_std)
+        if image_std is not None and 0 in image_std:
+            raise ValueError(f"image_std={image_std!r}: nothing can be divided by 0.")
+        return super()._standardize_kwargs(image_mean=image_mean, image_std=image_std, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """Names the classes of both backends, so that a saved folder keeps the choice between them."""
         output = super().to_dict()
@@ -89,29 +106,34 @@ class _Views:
         return output
 
     def fetch_images(self, images: Any) -> Any:
-        """Opens files as the original does; URLs and other things are left to transformers, which rotates by EXIF.
+        """Opens files as the original does, whether they are named, open or bytes; URLs and base64 are left to transformers,
+        which rotates by EXIF.
 
-        Raises `ValueError` for a file that is no picture.
+        Raises `ValueError` for what is no picture.
         """
-        if not isinstance(images, str) or not os.path.isfile(images):
-            return super().fetch_images(images)
+        images = open_pictures(images)
         try:
-            return Image.open(images)
-        except UnidentifiedImageError as error:
-            raise ValueError(
-                f"{images} is not a picture that PIL can open. Check that the file is complete."
-            ) from error
+            return super().fetch_images(images)
+        except (UnidentifiedImageError, Image.DecompressionBombError, RuntimeError) as error:  # PIL's or torchvision's
+            raise ValueError(f"{images[:200]} cannot be read as a picture: {error}") from error
 
     def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> Any:
         """One picture in the backend's own format, (3, h, w).
 
-        A PIL image is taken as it lies in the file, as the original takes it: transparency dropped, not blended, and an
-        EXIF rotation not applied. Raises `ValueError` for a file that PIL cannot decode.
+        It is taken as it lies in the file, as the original takes it: transparency dropped, not blended, and an EXIF rotation
+        not applied. Arrays and tensors likewise. Raises `ValueError` for a file that PIL cannot decode.
         """
-        if do_convert_rgb and isinstance(image, Image.Image):
+        if isinstance(image, Image.Image):
             # transformers' own conversion copies once more, and turns a colour that an RGB file calls transparent white.
-            image, do_convert_rgb = _as_rgb(image), False
-        return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+            return super().process_image(_as_rgb(image) if do_convert_rgb else image, do_convert_rgb=False, **kwargs)
+        if kwargs.get("input_data_format") is None and image.ndim == 3:  # Before 5.24 four channels were unknown
+            kwargs["input_data_format"] = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+        image = super().process_image(image, do_convert_rgb=False, **kwargs)
+        if image.dtype in (bool, torch.bool):
+            image = (image.astype(np.uint8) if isinstance(image, np.ndarray) else image.byte()) * 255
+        if do_convert_rgb and len(image) != 3:
+            image = image[:3] if len(image) == 4 else image[[0, 0, 0]]
+        return image
 
     def _preprocess(
         self,
@@ -134,6 +156,13 @@ class _Views:
         """Returns `pixel_values`, (images, c, h, w), and `image_tile_grids`, (images, 2), the (rows, columns) of tiles that
         each is cut into. With pinpoints `pixel_values` are (images, most tiles, c, h, w), zeros after an image's last tile,
         and there are `image_sizes`, (images, 2): the pictures' (height, width). Without, grids are (0, 0)."""
+        if not images:
+            raise ValueError("There is no picture among the images: give at least one.")
+        fractions = [_holds_fractions(image, do_rescale) for image in images]
+        if do_rescale and any(fractions):
+            logger.warning_once(
+                "Pictures whose values are from 0 to 1 already are divided by 255 again: pass do_rescale=False with them."
+            )
         background = tuple(int(mean * 255) for mean in image_mean)
         grids = [(0, 0)] * len(images)
         if image_grid_pinpoints is not None:
@@ -145,19 +174,20 @@ class _Views:
                 view = self.resize(view, size, resample)
             return self.center_crop(view, crop_size) if do_center_crop else view
 
-        def views(image: Any, grid: tuple[int, int]) -> list:
+        def views(image: Any, grid: tuple[int, int], is_fractions: bool) -> list:
             if image_grid_pinpoints is not None:
                 tiles = self._tiles(image, grid, crop_size.height)
                 edge = size.shortest_edge or size.height
                 base = self.resize(image, SizeDict(height=edge, width=edge), PILImageResampling.BICUBIC)
                 return [finish(view) for view in (base, *tiles)]
             if do_pad:
+                on = tuple(value / 255 for value in background) if is_fractions else background
                 edge = max(image.shape[-2:])
-                image = self._on_canvas(image, edge, edge, background)
+                image = self._on_canvas(image, edge, edge, on)
             return [finish(image)]
 
         normalization = (do_rescale, rescale_factor, do_normalize, image_mean, image_std)
-        seen = [views(image, grid) for image, grid in zip(images, grids)]
+        seen = [views(*image) for image in zip(images, grids, fractions)]
         data = {"image_tile_grids": [list(grid) for grid in grids]}
         if image_grid_pinpoints is not None:
             data["pixel_values"] = self._normalized(seen, *normalization)
@@ -217,6 +247,13 @@ class _Views:
 # trf-ignore: TRF057 - see configuration_m3.py
 class M3LlavaImageProcessorPil(_Views, PilBackend):
     """The PIL backend of M3's image processor: equal to the original to the last bit."""
+
+    def process_image(self, image: Any, **kwargs: Any) -> np.ndarray:
+        """Tensors may lie on any device, and be of types that numpy does not have."""
+        if isinstance(image, torch.Tensor):
+            image = image.detach().cpu()
+            image = image.float() if image.dtype == torch.bfloat16 else image
+        return super().process_image(image, **kwargs)
 
     def resize(self, image: np.ndarray, size: SizeDict, resample: Any = None, **kwargs: Any) -> np.ndarray:
         """As transformers does it; bytes that have the size already are returned as they are, as PIL would."""
@@ -298,9 +335,37 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     try:
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")  # which copies what is RGB already
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         name = getattr(image, "filename", "") or "an image without a file name"
         raise ValueError(f"Cannot decode {name}: {error}. Check that the file is complete.") from error
+
+
+def _holds_fractions(image: np.ndarray | torch.Tensor, do_rescale: bool) -> bool:
+    """Whether the values of a picture are from 0 to 1 already. Raises `ValueError` for those that rescaling is not for."""
+    if image.dtype in (np.uint8, torch.uint8):
+        return False
+    values = image.detach().float() if isinstance(image, torch.Tensor) else image
+    least, most = float(values.min()), float(values.max())
+    if do_rescale and not 0 <= least <= most <= 255:
+        raise ValueError(
+            f"The values of a picture are from {least:g} to {most:g}: give whole numbers from 0 to 255, or fractions from 0 to "
+            "1 and do_rescale=False."
+        )
+    is_float = image.dtype.is_floating_point if isinstance(image, torch.Tensor) else image.dtype.kind == "f"
+    return is_float and 0 <= least and 0 < most <= 1
+
+
+def _per_channel(name: str, value: Any) -> tuple[float, ...] | None:
+    """As many numbers as an RGB picture has channels, from as many or one for all. Raises `ValueError` for anything else."""
+    if value is None:
+        return None
+    values = as_plain(value)
+    values = values if isinstance(values, list) else [values]
+    if len(values) not in (1, 3) or not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+        raise ValueError(
+            f"{name}={value!r}: give one number for all channels, or a list with one for each of the three."
+        )
+    return tuple(values * 3 if len(values) == 1 else values)
 
 
 def _in_one_array(images: list[list[np.ndarray]], table: np.ndarray | None = None) -> np.ndarray:

@@ -21,11 +21,12 @@ from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
+from .pictures import open_pictures
 from .visual_tokens import (
     MERGE_TYPES,
     ImageLayout,
-    check_choice,
     as_plain,
+    check_choice,
     check_num_visual_tokens,
     check_pinpoints,
     check_scales,
@@ -41,10 +42,14 @@ class M3LlavaImagesKwargs(ImagesKwargs, total=False):
         Visual tokens per tile: one number for all images, or one per image in reading order.
     image_grid_pinpoints (`list[list[int]]`, *optional*):
         (height, width) pairs in pixels that an image may be resized to before it is cut into tiles.
+    image_mean, image_std (`float` or `list[float]`, *optional*):
+        One number for all channels, or one for each.
     """
 
     num_visual_tokens: int | list[int] | None
     image_grid_pinpoints: list | tuple | None
+    image_mean: Any
+    image_std: Any
 
 
 class M3LlavaProcessorKwargs(ProcessingKwargs, total=False):
@@ -100,12 +105,12 @@ class M3LlavaProcessor(ProcessorMixin):
         with_class_token = keeps_class_token(vision_feature_select_strategy)
         if visual_token_scales is None:
             visual_token_scales = default_scales(side, with_class_token)
+        visual_token_scales = as_plain(visual_token_scales)
         check_scales(visual_token_scales, side)
         if num_visual_tokens is not None:
             [num_visual_tokens] = check_num_visual_tokens([num_visual_tokens], visual_token_scales, num_images=1)
 
         self.auto_map = {"AutoProcessor": "processing_m3.M3LlavaProcessor"}  # as saving would set it
-        visual_token_scales = as_plain(visual_token_scales)
         self.patch_size = patch_size
         self.visual_token_scales = visual_token_scales
         self.num_visual_tokens = num_visual_tokens
@@ -114,17 +119,18 @@ class M3LlavaProcessor(ProcessorMixin):
         self.image_token = getattr(tokenizer, "image_token", None) or image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What is stored; a default that was set as numpy's or torch's number as Python's own."""
+        return {**super().to_dict(), "num_visual_tokens": as_plain(self.num_visual_tokens)}
+
     # trf-ignore: TRF057 - see configuration_m3.py
     def __call__(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any):
         """
         Prepares images and text for the model.
 
-    def to_dict(self) -> dict[str, Any]:
-        """What is stored; a default that was set as numpy's or torch's number as Python's own."""
-        return {**super().to_dict(), "num_visual_tokens": as_plain(self.num_visual_tokens)}
-
         Args:
-            images: One image, a list, or a list per prompt: PIL images, arrays, tensors, paths or URLs.
+            images: One image, a list, or a list per prompt: PIL images, arrays, tensors, paths, URLs, bytes or open files.
+                None in a list is no image.
             text: One prompt or a list, with one `<image>` per image. Where the tokenizer begins prompts with a token, so do
                 `input_ids`, once, whether or not the text is written with it.
             num_visual_tokens (`int` or `list[int]`, or numpy's or torch's, *optional*): What each image may cost, per tile: one of
@@ -141,20 +147,19 @@ class M3LlavaProcessor(ProcessorMixin):
             ValueError: for a number of visual tokens this checkpoint does not offer, for texts that are none, for numbers
                 of images and of `<image>` marks that differ, and where truncation would cut an image's placeholders.
         """
-        if isinstance(images, (list, tuple)) and all(
-            isinstance(group, (list, tuple)) and not group for group in images
-        ):
+        images = None if images is None else open_pictures(images)
+        if isinstance(images, list) and all(isinstance(group, list) and not group for group in images):
             images = None  # no image for any prompt
         # Before 5.24 the dicts that are handed on may be emptied: a caller's must survive for the next call.
         kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
+        for given in (kwargs, kwargs.get("images_kwargs", {})):  # transformers would refuse numpy's and torch's numbers
+            if "num_visual_tokens" in given:
+                given["num_visual_tokens"] = as_plain(given["num_visual_tokens"])
         if text is not None:
             text = self._begin_once([text] if isinstance(text, str) else text, kwargs)
         return super().__call__(images=images, text=text, **kwargs)
 
     def _begin_once(self, prompts: list[str], kwargs: dict[str, Any]) -> list[str]:
-        for given in (kwargs, kwargs.get("images_kwargs", {})):  # transformers would refuse numpy's and torch's numbers
-            if "num_visual_tokens" in given:
-                given["num_visual_tokens"] = as_plain(given["num_visual_tokens"])
         """Has every prompt begin with the tokenizer's first token once; the rest is tokenized as if it stood alone."""
         is_list = isinstance(prompts, (list, tuple)) and len(prompts) > 0
         if not is_list or not all(isinstance(prompt, str) for prompt in prompts):

@@ -1,6 +1,7 @@
 """Pictures to pixel values: equal to the original with PIL, close with torchvision, and odd pictures accepted."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 from transformers.utils import is_torchvision_available
 
-from modeling_m3 import M3LlavaImageProcessor, M3LlavaImageProcessorPil
+from modeling_m3 import M3LlavaImageProcessor, M3LlavaImageProcessorPil, image_processing_m3
 
 
 PINPOINTS = [[672, 336], [336, 672], [672, 672], [336, 1008], [1008, 336]]
@@ -171,3 +172,72 @@ def test_tiles_are_fitted_by_bicubic_whatever_clip_asks_for():
     image = picture("img3_1000x300.png")
     bilinear = M3LlavaImageProcessorPil(resample=2, **settings)(image)["pixel_values"][0]
     assert np.array_equal(bilinear, M3LlavaImageProcessorPil(**settings)(image)["pixel_values"][0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("number", [0.5, 1, np.float32(0.5), [0.5], np.array([0.5, 0.5, 0.5]), torch.tensor(0.5)])
+def test_one_mean_is_that_of_every_channel(number, backend):
+    image = picture("photo_400x266.png")
+    three = [float(torch.as_tensor(number).flatten()[0])] * 3
+    expected = backend(image_mean=three, image_std=three)(image, return_tensors="pt")["pixel_values"]
+    image_processor = backend(image_mean=number, image_std=number)
+    assert torch.equal(image_processor(image, return_tensors="pt")["pixel_values"], expected)
+    per_call = backend()(image, image_mean=number, image_std=number, return_tensors="pt")["pixel_values"]
+    assert torch.equal(per_call, expected)
+    assert list(json.loads(image_processor.to_json_string())["image_mean"]) == three
+
+
+@pytest.mark.parametrize("number", ["a", True, [0.5, 0.5], [], float("nan"), [[0.5] * 3]], ids=str)
+def test_a_mean_that_is_none_is_refused(number):
+    with pytest.raises(ValueError, match="image_mean=.* one number for all channels"):
+        M3LlavaImageProcessorPil()(picture("photo_400x266.png"), image_mean=number)
+
+
+def test_nothing_is_divided_by_0():
+    with pytest.raises(ValueError, match="image_std"):
+        M3LlavaImageProcessorPil(image_std=0.0)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pictures_from_0_to_1_need_no_rescaling(kind, backend, monkeypatch):
+    bytes_ = np.array(picture("photo_400x266.png").convert("RGB"))
+    is_tensor = isinstance(kind, torch.dtype)
+    scaled = torch.from_numpy(bytes_ / 255).permute(2, 0, 1).to(kind) if is_tensor else (bytes_ / 255).astype(kind)
+    expected = backend()(bytes_, return_tensors="pt")["pixel_values"]
+    of_255 = 255 * torch.tensor(backend.image_std)[:, None, None]
+    actual = backend()(scaled, do_rescale=False, return_tensors="pt")["pixel_values"]
+    assert ((actual - expected) * of_255).abs().max() < 1.5  # a byte of rounding before resizing, by PIL or bfloat16
+    said = []
+    monkeypatch.setattr(image_processing_m3.logger, "warning_once", said.append)
+    for each in (bytes_, bytes_.astype(np.float32)):
+        backend()(each)
+    assert not said
+    backend()(scaled)
+    assert len(said) == 1 and "do_rescale=False" in said[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("array", "message"), [
+    (np.full((5, 5, 3), 300), "from 300 to 300"),
+    (np.full((5, 5, 3), 60_000, np.uint16), "from 60000 to 60000"),
+    (np.full((5, 5, 3), -1.0), "from -1 to -1"),
+    (np.full((5, 5, 3), np.nan), "from nan to nan"),
+], ids=str)  # fmt: skip
+def test_values_that_are_none_of_a_picture_are_refused(array, message, backend):
+    with pytest.raises(ValueError, match=message):
+        backend()(array)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arrays_are_the_pictures_they_were_made_of(backend):
+    """Transparency dropped as of PIL's pictures, one channel as gray, true and false as white and black."""
+    image = picture("photo_400x266.png").convert("RGB")
+    transparent = image.copy()
+    transparent.putalpha(Image.linear_gradient("L").resize(image.size))
+    for odd in (transparent, image.convert("L"), image.convert("1")):
+        array = np.array(odd)
+        expected = np.array(odd.convert("RGB"))
+        for image_like in (array, torch.from_numpy(array)):
+            actual = backend()(image_like, return_tensors="pt")["pixel_values"]
+            assert torch.equal(actual, backend()(expected, return_tensors="pt")["pixel_values"])

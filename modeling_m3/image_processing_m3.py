@@ -43,6 +43,12 @@ from .visual_tokens import as_plain, check_pinpoints, tile_grid
 
 logger = logging.get_logger(__name__)
 
+# A canvas of more pixels is resized band by band, and no picture is ever held at more than the second number: sizes grow by
+# aspect ratio, so that a file of a few kilobytes could ask for all memory there is. No canvas is wider than the third.
+BAND_PIXELS = 2**22
+MOST_PIXELS = 2**27
+MOST_EDGE = 2**15
+
 
 class M3LlavaImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
@@ -171,6 +177,7 @@ class _Views:
 
         def finish(view: Any) -> Any:
             if do_resize:
+                _check_resized(view.shape[-2:], size)
                 view = self.resize(view, size, resample)
             return self.center_crop(view, crop_size) if do_center_crop else view
 
@@ -182,8 +189,7 @@ class _Views:
                 return [finish(view) for view in (base, *tiles)]
             if do_pad:
                 on = tuple(value / 255 for value in background) if is_fractions else background
-                edge = max(image.shape[-2:])
-                image = self._on_canvas(image, edge, edge, on)
+                image = self._padded(image, on, size if do_resize else None, resample)
             return [finish(image)]
 
         normalization = (do_rescale, rescale_factor, do_normalize, image_mean, image_std)
@@ -220,6 +226,36 @@ class _Views:
             for top in range(0, target_height, tile)
             for left in range(0, target_width, tile)
         ]
+
+    def _padded(self, image: Any, background: tuple, size: SizeDict | None, resample: Any) -> Any:
+        """The picture in the middle of a square canvas; of the wanted size already where the canvas would be a large one.
+
+        Resizing by PIL is two passes: every row is narrowed by itself, then every column is shortened. So rows can be padded
+        and narrowed band by band, those without any of the picture once, to the same bits.
+        """
+        height, edge = image.shape[-2], max(image.shape[-2:])
+        wanted = size and (size.shortest_edge or (size.height == size.width and size.height))
+        is_bytes = image.dtype in (
+            np.uint8,
+            torch.uint8,
+        )  # others may be brought into bytes by what the whole picture holds
+        if edge**2 <= BAND_PIXELS or not wanted or size.longest_edge or not is_bytes:
+            if edge**2 > MOST_PIXELS:
+                raise _too_large(image.shape[-2:], f"is padded to a square of {edge}x{edge}")
+            return self._on_canvas(image, edge, edge, background)
+        if edge > MOST_EDGE:
+            raise _too_large(image.shape[-2:], f"is padded to a square of {edge}x{edge}")
+
+        def narrowed(rows: Any) -> Any:
+            canvas = self._on_canvas(rows, rows.shape[-2], edge, background)
+            return self.resize(canvas, SizeDict(height=rows.shape[-2], width=wanted), resample)
+
+        band, top = max(1, BAND_PIXELS // edge), (edge - height) // 2
+        rows = [narrowed(image[:, start : start + band]) for start in range(0, height, band)]
+        empty = narrowed(image[:, :1, :0])
+        rows = [empty] * top + rows + [empty] * (edge - top - height)
+        joined = np.concatenate(rows, axis=1) if isinstance(image, np.ndarray) else torch.cat(rows, dim=1)
+        return self.resize(joined, SizeDict(height=wanted, width=wanted), resample)
 
     @staticmethod
     def _on_canvas(image: Any, height: int, width: int, background: tuple[int, ...]) -> Any:
@@ -366,6 +402,21 @@ def _per_channel(name: str, value: Any) -> tuple[float, ...] | None:
             f"{name}={value!r}: give one number for all channels, or a list with one for each of the three."
         )
     return tuple(values * 3 if len(values) == 1 else values)
+
+
+def _check_resized(image_size: tuple[int, int], size: SizeDict) -> None:
+    """Raises `ValueError` for a picture so thin that it would be huge once its shorter side is as long as asked for."""
+    if size.shortest_edge and not size.longest_edge:
+        longer = size.shortest_edge * max(image_size) // min(image_size)
+        if size.shortest_edge * longer > MOST_PIXELS:
+            raise _too_large(image_size, f"is resized to {size.shortest_edge}x{longer}")
+
+
+def _too_large(image_size: tuple[int, int], becomes: str) -> ValueError:
+    height, width = image_size
+    return ValueError(
+        f"A picture of {width}x{height} pixels {becomes} pixels, which is too large: crop it or resize it before."
+    )
 
 
 def _in_one_array(images: list[list[np.ndarray]], table: np.ndarray | None = None) -> np.ndarray:

@@ -3,11 +3,14 @@
 import hashlib
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import CHECKPOINTS, GOLDENS, golden, picture
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 from transformers.utils import is_torchvision_available
@@ -172,6 +175,73 @@ def test_tiles_are_fitted_by_bicubic_whatever_clip_asks_for():
     image = picture("img3_1000x300.png")
     bilinear = M3LlavaImageProcessorPil(resample=2, **settings)(image)["pixel_values"][0]
     assert np.array_equal(bilinear, M3LlavaImageProcessorPil(**settings)(image)["pixel_values"][0])
+
+
+def on_a_whole_canvas(pixels, edge, resample, background):
+    """The plain way, in PIL's own words: all of the square is there, and is resized at once."""
+    canvas = Image.new("RGB", (max(pixels.shape[:2]),) * 2, background)
+    canvas.paste(Image.fromarray(pixels), tuple((canvas.width - size) // 2 for size in pixels.shape[1::-1]))
+    return np.array(canvas.resize((edge, edge), resample)).transpose(2, 0, 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    longer=st.integers(40, 1200),
+    share=st.floats(0, 1),
+    is_tall=st.booleans(),
+    edge=st.integers(1, 500),
+    resample=st.sampled_from(list(Image.Resampling)),
+    band=st.integers(1, 100_000),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_bands_of_a_canvas_are_the_whole_of_it(longer, share, is_tall, edge, resample, band, seed):
+    shape = (longer, max(1, round(longer * share)), 3)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    pixels = pixels if is_tall else np.ascontiguousarray(pixels.swapaxes(0, 1))
+    image_processor = M3LlavaImageProcessorPil(
+        size={"shortest_edge": edge}, crop_size=edge, resample=resample, do_rescale=False, do_normalize=False
+    )
+    with mock.patch.object(image_processing_m3, "BAND_PIXELS", band):
+        banded = image_processor(Image.fromarray(pixels))["pixel_values"][0]
+    background = tuple(int(mean * 255) for mean in image_processor.image_mean)
+    assert np.array_equal(banded, on_a_whole_canvas(pixels, edge, resample, background))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [(20_000, 20), (20, 8_000)], ids=str)
+def test_long_thin_pictures_need_little_memory(size, backend):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+    image, image_processor = Image.fromarray(pixels), backend(do_rescale=False, do_normalize=False)
+    asked = []
+    plain = image_processor._on_canvas
+    image_processor._on_canvas = lambda rows, height, width, fill: (
+        asked.append(height * width) or plain(rows, height, width, fill)
+    )
+    actual = np.asarray(image_processor(image)["pixel_values"][0]).astype(int)
+    assert 0 < max(asked) <= image_processing_m3.BAND_PIXELS
+    if max(size) < 10_000:  # the plain way takes a third of a gigabyte here, and two there
+        background = tuple(int(mean * 255) for mean in image_processor.image_mean)
+        expected = on_a_whole_canvas(pixels, 336, Image.Resampling.BICUBIC, background)
+        assert np.abs(actual - expected).max() <= (0 if backend is M3LlavaImageProcessorPil else 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("options", "size", "message"), [
+    ({}, (100_000, 1), "100000x1 pixels is padded to a square of 100000x100000"),
+    ({}, (1, 40_000), "1x40000 pixels is padded to a square of 40000x40000"),
+    ({"do_resize": False}, (20_000, 20), "20000x20 pixels is padded to a square of 20000x20000"),
+    ({"do_pad": False}, (100_000, 1), "100000x1 pixels is resized to 336x33600000"),
+])  # fmt: skip
+def test_sizes_that_would_take_all_memory_are_refused(options, size, message, backend):
+    with pytest.raises(ValueError, match=message):
+        backend(**options)(Image.new("RGB", size))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [(100_000, 1), (1, 100_000), (3, 30_000)], ids=str)
+def test_the_thinnest_pictures_have_tiles(size, backend):
+    pixel_values = backend(**SETTINGS["llava-next-m3"])(Image.new("RGB", size, "red"))["pixel_values"]
+    assert pixel_values[0].shape[1:] == (3, 336, 336)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

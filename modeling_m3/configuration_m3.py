@@ -13,6 +13,8 @@
 # limitations under the License.
 """Configuration of M3: a LLaVA model (vision tower, projector, language model) whose visual tokens come in nested scales."""
 
+from typing import Any
+
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, strict
 
@@ -25,6 +27,8 @@ from .visual_tokens import (
     check_scales,
     default_scales,
     keeps_class_token,
+    split_tiles,
+    tile_grid,
 )
 
 
@@ -123,6 +127,23 @@ class M3LlavaConfig(PreTrainedConfig):
     def image_layout(self, grid: tuple[int, int] | None, size: list[int] | None) -> ImageLayout:
         """How this model lays out the visual tokens of an image with such a grid of tiles and (height, width)."""
         return ImageLayout(grid, size, self.patch_merge_type, self.keeps_class_token)
+
+    def image_tiles(
+        self, pixel_values: Any, sizes: list | None, grids: list | None, pinpoints: list | None = None
+    ) -> tuple[list, list[ImageLayout]]:
+        """The tiles of every image, and how its visual tokens are laid out: from what describes images among the inputs.
+
+        Raises `ValueError` for sizes or grids that do not fit the pixels.
+        """
+        pinpoints = pinpoints or self.image_grid_pinpoints
+        if grids is None and sizes and pinpoints and any(image.ndim == 4 and len(image) > 1 for image in pixel_values):
+            grids = [tile_grid(size, pinpoints, self.vision_config.image_size) for size in sizes]
+        tiles, grids = split_tiles(pixel_values, grids)
+        if sizes and len(sizes) != len(grids):
+            raise ValueError(
+                f"image_sizes has {len(sizes)} rows for {len(grids)} image(s): pass one (height, width) each."
+            )
+        return tiles, [self.image_layout(*facts) for facts in zip(grids, sizes or [None] * len(grids))]
 
     @property
     def grid_side(self) -> int:

@@ -26,6 +26,7 @@ from transformers.generation import utils as generation_utils
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .outputs_m3 import CACHE_NAME, M3LlavaEncodedImages
+from .visual_tokens import as_lists, check_num_visual_tokens
 
 
 # What describes images among the model's inputs. `generate` needs them for the first step only.
@@ -37,6 +38,9 @@ IMAGE_INPUTS = (
     "image_grid_pinpoints",
     "image_tile_grids",
 )
+
+# Those of them that have an entry for every image, besides the pixels.
+PER_IMAGE = ("image_sizes", "image_tile_grids", "num_visual_tokens")
 
 ONE_KIND_OF_IMAGES = "Pass only one of pixel_values, encoded_images and mm_encoder_outputs: each is the images"
 
@@ -51,6 +55,9 @@ class M3LlavaGenerationMixin(GenerationMixin):
         Args:
             encoded_images: what `encode_images` returned, in place of `pixel_values`. With `num_visual_tokens` as the
                 prompt was made with it, several calls answer at several scales, and the vision tower runs no more.
+
+        With a cache (`past_key_values`), images whose placeholders are in it may be given again or left out. Raises
+        `ValueError` for other images than the prompt needs.
         """
         if CACHE_NAME != "cache" and "cache" in kwargs:  # Before 5.24: the newer name
             kwargs[CACHE_NAME] = kwargs.pop("cache")
@@ -61,7 +68,58 @@ class M3LlavaGenerationMixin(GenerationMixin):
             with torch.no_grad():
                 tokens = self.get_visual_tokens(encoded_images, scales, sampling)
             kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tokens)}
+        input_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        is_assistant = getattr(kwargs.get("generation_config"), "is_assistant", False)
+        assistant = kwargs.get("assistant_model")
+        draws_on = None
+        if kwargs.get("pixel_values") is not None and hasattr(assistant, "encode_images"):
+            draws_on = _encode(assistant, {name: kwargs[name] for name in IMAGE_INPUTS if name in kwargs})
+        length = int(_length_of_cache(kwargs))
+        if input_ids is not None and length > 0 and not is_assistant:  # which is called anew for every draft
+            kwargs = self._without_cached_images(input_ids, length, kwargs)
+        if (
+            draws_on is not None
+        ):  # what this model sees is not what the assistant would: each encodes the images by itself
+            images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
+            own = {"image": _encode(self, images)} if images.get("pixel_values") is not None else {}
+            kwargs["mm_encoder_outputs"] = {**own, "assistant": draws_on}
         return super().generate(*args, **kwargs)
+
+    def _without_cached_images(self, input_ids: torch.LongTensor, length: int, kwargs: dict) -> dict[str, Any]:
+        """The arguments of `generate` without the images whose placeholders are among the `length` tokens of the cache."""
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.shape[1] != input_ids.shape[1]:
+            length = 0  # input_ids are the tokens after the cache
+        is_placeholder = input_ids == self.config.image_token_id
+        cached, new = torch.stack([is_placeholder[:, :length].sum(1), is_placeholder[:, length:].sum(1)]).tolist()
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        images = {name: kwargs[name] for name in IMAGE_INPUTS if kwargs.get(name) is not None}
+        counts = []
+        if encoded is not None:
+            counts = [len(tokens) for tokens in encoded.pooler_output]
+        elif "pixel_values" in images:
+            sizes, grids, scales = as_lists(*(images.get(name) for name in PER_IMAGE))
+            _, layouts = self.config.image_tiles(
+                images["pixel_values"], sizes, grids, images.get("image_grid_pinpoints")
+            )
+            scales = check_num_visual_tokens(scales, self.config.visual_token_scales, len(layouts))
+            counts = [layout.count(scale) for layout, scale in zip(layouts, scales)]
+            images |= {name: fact for name, fact in zip(PER_IMAGE, (sizes, grids, scales)) if fact is not None}
+        if sum(counts) == sum(new):
+            return kwargs
+        kept = _images_after_cache(counts, cached, new)
+        kwargs = {name: value for name, value in kwargs.items() if name not in (*IMAGE_INPUTS, "mm_encoder_outputs")}
+        if not kept:
+            return kwargs
+        if encoded is not None:
+            tokens = [encoded.pooler_output[index] for index in kept]
+            return kwargs | {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tokens)}}
+        for name in PER_IMAGE:
+            if name in images:
+                images[name] = torch.tensor([images[name][index] for index in kept], device=input_ids.device)
+        pixels = images["pixel_values"]
+        images["pixel_values"] = pixels[kept] if isinstance(pixels, torch.Tensor) else [pixels[i] for i in kept]
+        return kwargs | images
 
     def prepare_inputs_for_generation(
         self,
@@ -99,7 +157,11 @@ class M3LlavaGenerationMixin(GenerationMixin):
         if encoded is not None:
             embeds = model_kwargs.get("inputs_embeds")
             features = torch.cat(list(encoded.pooler_output))
-            mask = self.model.get_placeholder_mask(input_ids if embeds is None else None, embeds, features)
+            ids = input_ids if embeds is None else None
+            length = int(_length_of_cache(model_kwargs))
+            if length and ids is not None and self.model.get_placeholder_mask(ids, embeds).sum() != len(features):
+                ids = ids[:, length:]  # the images before are in the cache
+            mask = self.model.get_placeholder_mask(ids, embeds, features)
             images = _repeat_by_prompt(encoded.pooler_output, mask.sum(-1).tolist(), expand_size)
             expanded = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=images)}}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
@@ -113,11 +175,27 @@ class M3LlavaGenerationMixin(GenerationMixin):
         if assistant is not None and "pixel_values" not in inspect.signature(assistant.forward).parameters:
             hidden = (*IMAGE_INPUTS, "mm_encoder_outputs")
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in hidden}
+        elif assistant is not None and model_kwargs.get("mm_encoder_outputs"):
+            outputs = model_kwargs["mm_encoder_outputs"]
+            sizes = [model.config.text_config.hidden_size for model in (self, assistant)]
+            if "assistant" not in outputs and sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"encoded_images are of hidden size {sizes[0]}, the assistant's would be of {sizes[1]}: pass pixel_values, "
+                    "which each encodes by itself."
+                )
+            images = {"image": outputs.get("assistant", outputs.get("image"))}
+            model_kwargs = {**model_kwargs, "mm_encoder_outputs": images}
         return super()._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
 
     def _prefill(
-        self, input_ids: torch.LongTensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+        self,
+        input_ids: torch.LongTensor,
+        generation_config: Any,
+        model_kwargs: dict,
+        is_first_iteration: bool = True,
     ):
+        # transformers takes no draft of an assistant for its first, and would have it draft without the images.
+        is_first_iteration = is_first_iteration or not _length_of_cache(model_kwargs)
         # Before 5.24 encoded images cannot be cut along with the prompt: the answer would not have seen them.
         has_images = model_kwargs.get("pixel_values") is not None or model_kwargs.get("mm_encoder_outputs")
         cuts_images = hasattr(generation_utils, "_slice_mm_encoder_output")
@@ -126,7 +204,49 @@ class M3LlavaGenerationMixin(GenerationMixin):
                 f"prefill_chunk_size={generation_config.prefill_chunk_size}: this release of transformers cannot prefill a "
                 "prompt with images in chunks. Leave it out, or upgrade transformers."
             )
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=is_first_iteration)
+
+
+def _length_of_cache(kwargs: dict[str, Any]) -> int | torch.Tensor:
+    """How many tokens are in the cache, under the older or the newer of its names; a static cache has a tensor."""
+    cache = kwargs.get(CACHE_NAME, kwargs.get("past_key_values"))
+    return 0 if cache is None else cache.get_seq_length()
+
+
+@torch.no_grad()
+def _encode(model: torch.nn.Module, images: dict[str, Any]) -> BaseModelOutputWithPooling:
+    pixels = images["pixel_values"]
+    pixels = (
+        pixels.to(model.device) if isinstance(pixels, torch.Tensor) else [image.to(model.device) for image in pixels]
+    )
+    return model.get_image_features(**images | {"pixel_values": pixels}, return_dict=True)
+
+
+def _images_after_cache(counts: list[int], cached: list[int], new: list[int]) -> list[int]:
+    """Which images a prompt needs beyond its cache, if all of it are given.
+
+    Args:
+        counts: visual tokens of each image that was given, in reading order.
+        cached, new: placeholders of each prompt that are in the cache, and after it.
+
+    Raises:
+        ValueError: if these are not the images of the prompts, or the cache ends inside of one.
+    """
+    kept, index = [], 0
+    if sum(counts) == sum(cached) + sum(new):
+        for placeholders in zip(cached, new):
+            for is_new, missing in enumerate(placeholders):
+                while missing > 0:
+                    missing -= counts[index]
+                    kept += [index] if is_new else []
+                    index += 1
+                if missing < 0:
+                    raise ValueError("The cache ends inside an image: crop it to a length at which none is cut.")
+        return kept
+    raise ValueError(
+        f"The images have {counts} visual tokens, but the prompts have {sum(new)} placeholders after the cache and "
+        f"{sum(cached)} in it. Give the images of the placeholders after the cache, or those of all."
+    )
 
 
 def _repeat_by_prompt(images: list[torch.Tensor], placeholders: list[int], repeats: int) -> list[torch.Tensor]:

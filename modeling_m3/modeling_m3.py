@@ -48,8 +48,6 @@ from .visual_tokens import (
     check_choice,
     check_num_visual_tokens,
     pool_tiles,
-    split_tiles,
-    tile_grid,
 )
 
 
@@ -178,20 +176,12 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         r"""
         Returns [`M3LlavaEncodedImages`]. Raises `ValueError` for sizes or grids that do not fit the pixels.
         """
-        config, (sizes, grids) = self.config, as_lists(image_sizes, image_tile_grids)
-        pinpoints = image_grid_pinpoints or config.image_grid_pinpoints
-        if grids is None and sizes and pinpoints and any(image.ndim == 4 and len(image) > 1 for image in pixel_values):
-            grids = [tile_grid(size, pinpoints, config.vision_config.image_size) for size in sizes]
-        tiles, grids = split_tiles(pixel_values, grids)
-        if sizes and len(sizes) != len(grids):
-            raise ValueError(
-                f"image_sizes has {len(sizes)} rows for {len(grids)} image(s): pass one (height, width) each."
-            )
-        layouts = [config.image_layout(*facts) for facts in zip(grids, sizes or [None] * len(grids))]
+        sizes, grids = as_lists(image_sizes, image_tile_grids)
+        tiles, layouts = self.config.image_tiles(pixel_values, sizes, grids, image_grid_pinpoints)
         outputs = self.vision_tower(torch.cat(tiles), **kwargs)
         features = outputs.last_hidden_state
         # CODEPATH: LLaVA checkpoints drop the class token; those trained with the original's `cls_patch` keep it.
-        kept = features if config.keeps_class_token else features[:, 1:]
+        kept = features if self.config.keeps_class_token else features[:, 1:]
         return M3LlavaEncodedImages(
             last_hidden_state=features,
             tile_features=self.multi_modal_projector(kept),
@@ -302,6 +292,19 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
             )
         return mask
 
+    def _check_no_placeholders(self, input_ids: torch.LongTensor, cache: Cache | None) -> None:
+        """Raises `ValueError` for a prompt whose images are missing: it would be answered as if they were words."""
+        if cache is not None and input_ids.shape[1] == 1 or input_ids.is_meta:
+            return  # a decoding step, which must not wait for the device; or nothing that could be asked
+        length = 0 if cache is None else cache.get_seq_length()
+        if isinstance(length, int) and length > 0:
+            return  # what a chat goes on with, or what was drafted
+        torch_compilable_check(
+            ~(input_ids == self.config.image_token_id).any() | (length > 0),
+            "The prompt has placeholders but there are no images: pass pixel_values and all else that the processor "
+            "returned, or encoded_images.",
+        )
+
     @can_return_tuple
     @auto_docstring(custom_args=FORWARD_ARGUMENTS)
     def forward(
@@ -347,6 +350,8 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
             image_features = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), image_features)
+        elif input_ids is not None:
+            self._check_no_placeholders(input_ids, past_key_values if cache is None else cache)
 
         outputs = self.language_model(
             attention_mask=attention_mask,

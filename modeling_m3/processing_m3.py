@@ -13,10 +13,14 @@
 # limitations under the License.
 """Pictures and text to model inputs: every `<image>` becomes as many placeholders as the image costs visual tokens."""
 
+import copy
 import inspect
 import re
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
@@ -61,6 +65,35 @@ M3LlavaProcessorKwargs._defaults = {}
 
 # Before 5.24 a user's text cannot be made plain, and templates' arguments may take the place of `processor_kwargs`.
 MAKES_TEXT_PLAIN = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
+
+
+def _cat_tiles(tensors: Sequence[torch.Tensor], dim: int = 0, **kwargs: Any) -> torch.Tensor:
+    """As `torch.cat`; images with fewer tiles than others get zeros after their last."""
+    if dim == 0 and all(pixels.ndim == 5 for pixels in tensors) and len({pixels.shape[1] for pixels in tensors}) > 1:
+        return pad_sequence([image for pixels in tensors for image in pixels], batch_first=True)
+    return torch.cat(tensors, dim=dim, **kwargs)
+
+
+# trf-ignore: TRF057 - see configuration_m3.py
+class _Tiles(torch.Tensor):
+    """Pixels, (images, tiles, c, h, w), that `torch.cat` joins with those of images with another number of tiles.
+
+    `pipeline(..., batch_size=n)` prepares prompts one by one and joins what comes of them so; nothing else of ours is asked.
+    Copies on a device or of a type are the same. Whatever else is made of it is a plain tensor.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            result = (_cat_tiles if function is torch.cat else function)(*args, **kwargs)
+            return result.as_subclass(cls) if function is torch.Tensor.to else result
+
+    def __deepcopy__(self, memo: dict) -> torch.Tensor:
+        return copy.deepcopy(self.as_subclass(torch.Tensor), memo)
+
+    def __reduce_ex__(self, protocol: int) -> Any:  # what is stored needs no class of ours
+        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
 
 
 # trf-ignore: TRF057 - see configuration_m3.py
@@ -237,6 +270,8 @@ class M3LlavaProcessor(ProcessorMixin):
                 f"The images were prepared as views of {view_size} pixels, but the model sees views of "
                 f"{(self._tile_size, self._tile_size)}. Do not override how images are resized, cropped or padded."
             )
+        if isinstance(image_inputs["pixel_values"], torch.Tensor) and image_inputs["pixel_values"].ndim == 5:
+            image_inputs["pixel_values"] = image_inputs["pixel_values"].as_subclass(_Tiles)
         image_inputs["num_visual_tokens"] = scales
         image_inputs.setdefault("image_tile_grids", [[0, 0]] * len(scales))  # CLIP's own image processor cuts none
         return image_inputs, [self.replace_image_token(image_inputs, index) for index in range(len(scales))]

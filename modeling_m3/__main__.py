@@ -11,15 +11,24 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from PIL import Image
+from huggingface_hub.utils import httpx
+from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
+from transformers.image_utils import load_image
 from transformers.utils import logging
 
 import modeling_m3
+from modeling_m3.pictures import open_pictures
+from modeling_m3.processing_m3 import MAKES_TEXT_PLAIN
 
 from .checkpoint import check_checkpoint
 
+
+M3_TINY = (
+    "this is m3-tiny, which was trained on drawn shapes, dots and short codes alone, and answers about photographs at random. "
+    "Name another checkpoint by --model."
+)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -51,7 +60,7 @@ def _print_version(asked: bool) -> None:
 
 @app.command()
 def ask(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The picture.")],
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="The picture: a file, or a URL.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask about it.")],
     model: Annotated[
         str | None,
@@ -66,6 +75,9 @@ def ask(
     device: Annotated[
         str | None, typer.Option(help="Where to run: cpu, cuda, ..., auto for all there are. The GPU if there is one.")
     ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Do not say what m3-tiny was trained on where it is asked by default.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
     show_version: Annotated[
         bool,
@@ -75,6 +87,8 @@ def ask(
     """Answers a question about a picture, at the number of visual tokens you choose."""
     if compare and num_visual_tokens is not None:
         raise typer.BadParameter("--compare answers at every number of visual tokens: leave --num-visual-tokens out")
+    if model is None and not quiet:
+        print(f"m3-ask: {M3_TINY}", file=sys.stderr)
     try:
         _ask(
             image,
@@ -93,7 +107,7 @@ def ask(
 
 
 def _ask(
-    image: Path,
+    image: str,
     prompt: str,
     model_name: str,
     num_visual_tokens: int | None,
@@ -106,11 +120,24 @@ def _ask(
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     processor = AutoProcessor.from_pretrained(model_name)
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
+    as_text = {"sanitize_control_tokens": True} if MAKES_TEXT_PLAIN else {}
+    written = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.content in prompt]
+    if written and not as_text:
+        raise ValueError(
+            f"The question holds {written[0]}, which is no text to a checkpoint: transformers 5.24 can ask it as text."
+        )
 
     def prepare(scale: int | None) -> Any:
-        return processor(images=picture, text=text, num_visual_tokens=scale, return_tensors="pt")
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"num_visual_tokens": scale},
+            **as_text,
+        )
 
     inputs = prepare(num_visual_tokens)  # refuses a wrong number before the weights are loaded
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -142,13 +169,18 @@ def _ask(
         print(row + textwrap.fill(" ".join(streamer.text.split()), 80).replace("\n", "\n" + " " * len(row)))
 
 
-def _open_picture(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise ValueError(f"There is no picture at {path}.")
+def _open_picture(image: str) -> Image.Image:
+    """The picture of a file, as it lies there, or of a URL, as transformers loads it."""
+    if not image.startswith(("http://", "https://")):
+        if not Path(image).is_file():
+            raise ValueError(f"There is no picture at {image}.")
+        return open_pictures(image)
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"Cannot read {path} as a picture: {error}. Is the file complete?") from error
+        return load_image(image, timeout=30)
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ValueError(f"What {image} leads to is not a picture that PIL can open: {error}") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ValueError(f"Cannot load {image}: {error}") from error
 
 
 def _check_checkpoint(name: str) -> None:

@@ -4,12 +4,16 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import GOLDENS, picture
+from hub_server import running_hub
 from typer.testing import CliRunner
 
+import modeling_m3
 from modeling_m3.__main__ import app
+from modeling_m3.processing_m3 import MAKES_TEXT_PLAIN
 
 
 PICTURE = str(GOLDENS / "images" / "photo_400x266.png")
@@ -53,7 +57,10 @@ def test_it_streams_as_a_command(converted):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["nothing.png", "?"], "There is no picture at nothing.png"),
-    ([__file__, "?"], "Cannot read .*test_ask.py as a picture"),
+    ([__file__, "?"], ".*test_ask.py is not a picture that PIL can open"),
+    (["file:///nothing.png", "?"], "There is no picture at file:///nothing.png"),
+    (["http://127.0.0.1:9/a.png", "?"], "Cannot load http://127.0.0.1:9/a.png: "),
+    (["https://[", "?"], r"Cannot load https://\[: "),
     ([PICTURE, "?", "--num-visual-tokens", "100"], r"100.*\[1, 9, 36, 144, 576\]"),
     ([PICTURE, "?", "--device", "abacus"], "abacus"),
     ([PICTURE, "?", "--device", "cuda:99"], "cannot use 'cuda:99' here"),
@@ -82,6 +89,55 @@ def test_a_truncated_picture(converted, tmp_path):
     half.write_bytes((GOLDENS / "images" / "img1_640x480.png").read_bytes()[:50_000])
     result = run(half, "?", "--model", converted["llava15-m3"])
     assert result.exit_code == 1 and "half.png" in result.stderr
+
+
+def test_a_picture_on_the_web(converted):
+    options = ("What is this?", "--model", converted["llava15-m3"], "--max-new-tokens", 6)
+    with running_hub() as hub:
+        files = {"photo.png": Path(PICTURE).read_bytes(), "page.html": b"<html></html>"}
+        hub.commits["someone/pictures"] = [files]
+        folder = f"{hub.endpoint}/someone/pictures/resolve/main"
+        answer = run(f"{folder}/photo.png", *options)
+        assert answer.exit_code == 0, answer.output
+        assert answer.stdout == run(PICTURE, *options).stdout
+        for name in ("page.html", "missing.png"):
+            result = run(f"{folder}/{name}", *options)
+            assert result.exit_code == 1
+            assert re.fullmatch(rf"m3-ask: What {folder}/{name} leads to is not a picture .*\n", result.stderr)
+
+
+@pytest.mark.parametrize("question", ["What does <image> mean?", "Is this </s> a cat?"])
+def test_a_question_is_text(question, converted, loaded):
+    model, processor = loaded["llava15-m3"]
+    result = run(PICTURE, question, "--model", converted["llava15-m3"], "--num-visual-tokens", 9, "--max-new-tokens", 6)
+    if not MAKES_TEXT_PLAIN:
+        assert result.exit_code == 1 and not result.stdout
+        assert re.fullmatch(r"m3-ask: The question holds (<image>|</s>), .* transformers 5\.24 .*\n", result.stderr)
+        return
+    assert result.exit_code == 0, result.output
+    content = [{"type": "image", "image": picture("photo_400x266.png")}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"num_visual_tokens": 9},
+        sanitize_control_tokens=True,  # tests/test_whole_prompts.py shows what that makes of the question
+    )
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 9
+    generated = model.generate(**inputs, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
+    assert result.stdout.strip() == processor.decode(generated, skip_special_tokens=True).strip()
+
+
+def test_m3_tiny_says_what_it_was_trained_on():
+    scene, question = str(Path(__file__).parent / "fixtures" / "scene.png"), "What color is the large circle?"
+    asked = run(scene, question, "--compare", "--max-new-tokens", 4)
+    assert asked.exit_code == 0 and "orange" in asked.stdout
+    assert re.fullmatch(r"m3-ask: this is m3-tiny, .* photographs .* --model\.\n", asked.stderr)
+    for options in (("--quiet",), ("--model", modeling_m3.default_checkpoint())):
+        asked = run(scene, question, "--max-new-tokens", 4, *options)
+        assert asked.stdout.strip() == "orange" and not asked.stderr
 
 
 def test_wrong_usage_is_status_2():

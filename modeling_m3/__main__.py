@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import httpx  # under whichever name this release has it
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer

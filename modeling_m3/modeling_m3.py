@@ -38,6 +38,9 @@ from .loading_m3 import M3LlavaLoadingMixin
 from .objective_m3 import matryoshka_loss, warn_of_adapters
 from .outputs_m3 import (
     CACHE_NAME,
+    FORWARD_ARGUMENTS,
+    IMAGE_ARGUMENTS,
+    TRAINING_ARGUMENTS,
     M3LlavaCausalLMOutputWithPast,
     M3LlavaEncodedImages,
     M3LlavaModelOutputWithPast,
@@ -49,37 +52,6 @@ from .visual_tokens import (
     check_num_visual_tokens,
     pool_tiles,
 )
-
-
-IMAGE_ARGUMENTS = r"""
-    pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)` or `(images, tiles, channels, height, width)`, or a list with one tensor per image, *optional*):
-        One view per image, or its tiles, zeros after the last.
-    image_sizes (`torch.LongTensor` of shape `(images, 2)`, *optional*):
-        (height, width) of the original images in pixels. Needed where the padding of tiles is cut off.
-    num_visual_tokens (`torch.LongTensor` of shape `(images,)`, `list[int]` or `int`, *optional*):
-        Visual tokens per tile, for all images or for each. The finest scale by default.
-    visual_token_sampling (`str`, *optional*):
-        `"average"`, `"spatial"` or `"sequential"`; the configuration's by default.
-    image_tile_grids (`torch.LongTensor` of shape `(images, 2)`, *optional*):
-        (rows, columns) of tiles of every image, (0, 0) for one view, as the processor cut them.
-    image_grid_pinpoints (`list[list[int]]`, *optional*):
-        For pixels without their grids: the (height, width) pairs they were cut by; the configuration's by default.
-"""
-FORWARD_ARGUMENTS = f"""{IMAGE_ARGUMENTS}
-    mm_encoder_outputs (`dict`, *optional*):
-        `{{"image": get_image_features(...)}}`, in place of `pixel_values`.
-    encoded_images (`M3LlavaEncodedImages`, *optional*):
-        `encode_images(...)`, in place of `pixel_values`, for any `num_visual_tokens` without the vision tower.
-    past_key_values (`Cache`, *optional*):
-        Keys and values of the tokens before `input_ids`.
-    cache (`Cache`, *optional*):
-        The same. Before 5.24 only the other name was known.
-"""
-TRAINING_ARGUMENTS = f"""{FORWARD_ARGUMENTS}
-    matryoshka_scales (`list[int]`, *optional*):
-        Train at these numbers of visual tokens at once: `loss` is then the average of the losses at each of them
-        (`scale_losses`). `input_ids` and `labels` are made at the largest, or at a larger one. See `objective_m3.py`.
-"""
 
 
 class M3LlavaUsedLayers(nn.ModuleList):

@@ -132,6 +132,7 @@ BAD = {
     "no-mark": (record(question="What?"), r"its text has 0 <image> mark\(s\) for 1 image\(s\)"),
     "two-marks": (record(question="<image> <image>"), r"has 2 <image> mark\(s\) for 1 image"),
     "no-image": (text_record("<image>\nWhat?"), r"has 1 <image> mark\(s\) for 0 image"),
+    "too-large": (record("thin.png"), "A picture of 40000x1 pixels .* too large"),
     "kind": (record(7), "must be a path or a PIL image, not 7"),
     "turns": ({"image": "img0_336x336.png"}, "conversations must be a list of turns, not None"),
     "speaker": ({"conversations": [{"from": "robot", "value": ""}]}, "a turn must be"),
@@ -143,6 +144,7 @@ def test_a_bad_sample_is_named_and_the_next_of_its_kind_stands_in(dataset, kind,
     bad, reason = BAD[kind]
     (tmp_path / "broken.png").write_bytes((IMAGES / "img0_336x336.png").read_bytes()[:200])
     (tmp_path / "img0_336x336.png").write_bytes((IMAGES / "img0_336x336.png").read_bytes())
+    Image.new("RGB", (40_000, 1)).save(tmp_path / "thin.png")
     good, good_text = record(), text_record()
     records = [bad | {"id": "the-bad-one"}, good_text, good]
     samples = dataset(*records, image_folder=tmp_path)

@@ -177,11 +177,12 @@ class _Views:
 
         def finish(view: Any) -> Any:
             if do_resize:
-                _check_resized(view.shape[-2:], size)
                 view = self.resize(view, size, resample)
             return self.center_crop(view, crop_size) if do_center_crop else view
 
         def views(image: Any, grid: tuple[int, int], is_fractions: bool) -> list:
+            for wanted in [size] * do_resize + [crop_size] * do_center_crop:
+                _check_resized(image.shape[-2:], wanted, is_square=do_pad or image_grid_pinpoints is not None)
             if image_grid_pinpoints is not None:
                 tiles = self._tiles(image, grid, crop_size.height)
                 edge = size.shortest_edge or size.height
@@ -404,12 +405,14 @@ def _per_channel(name: str, value: Any) -> tuple[float, ...] | None:
     return tuple(values * 3 if len(values) == 1 else values)
 
 
-def _check_resized(image_size: tuple[int, int], size: SizeDict) -> None:
-    """Raises `ValueError` for a picture so thin that it would be huge once its shorter side is as long as asked for."""
+def _check_resized(image_size: tuple[int, int], size: SizeDict, is_square: bool) -> None:
+    """Raises `ValueError` for sizes that are huge, as for a thin picture one of the shorter side alone may be."""
+    height, width = (edge or size.longest_edge or 0 for edge in (size.height, size.width))
     if size.shortest_edge and not size.longest_edge:
-        longer = size.shortest_edge * max(image_size) // min(image_size)
-        if size.shortest_edge * longer > MOST_PIXELS:
-            raise _too_large(image_size, f"is resized to {size.shortest_edge}x{longer}")
+        ratio = 1 if is_square else max(image_size) / min(image_size)
+        height, width = size.shortest_edge, int(size.shortest_edge * ratio)
+    if height * width > MOST_PIXELS:
+        raise _too_large(image_size, f"is to become one of {height}x{width}")
 
 
 def _too_large(image_size: tuple[int, int], becomes: str) -> ValueError:

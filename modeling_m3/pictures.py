@@ -39,10 +39,13 @@ def open_pictures(images: Any) -> Any:
     if isinstance(images, np.ndarray) and images.dtype == object:
         images = images.tolist()
     if isinstance(images, Image.Image):
+        if 0 in images.size:
+            raise ValueError(f"A picture of {images.width}x{images.height} pixels has none.")
         return images
     if isinstance(images, (np.ndarray, torch.Tensor)):
-        if images.ndim not in (2, 3, 4) or 0 in images.shape:
-            raise ValueError(f"An array of the shape {tuple(images.shape)} holds no picture.")
+        is_numbers = not images.is_complex() if isinstance(images, torch.Tensor) else images.dtype.kind in "buif"
+        if images.ndim not in (2, 3, 4) or 0 in images.shape or not is_numbers:
+            raise ValueError(f"An array of the shape {tuple(images.shape)} and {images.dtype} holds no picture.")
         return images[None] if images.ndim == 2 else images  # one channel
     if isinstance(images, str):
         return _open(images, images) if os.path.isfile(images) else images

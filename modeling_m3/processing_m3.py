@@ -186,8 +186,8 @@ class M3LlavaProcessor(ProcessorMixin):
         # Before 5.24 the dicts that are handed on may be emptied: a caller's must survive for the next call.
         kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
         for given in (kwargs, kwargs.get("images_kwargs", {})):  # transformers would refuse numpy's and torch's numbers
-            if "num_visual_tokens" in given:
-                given["num_visual_tokens"] = as_plain(given["num_visual_tokens"])
+            for name in given.keys() & {"num_visual_tokens", "image_grid_pinpoints"}:
+                given[name] = as_plain(given[name])
         if text is not None:
             text = self._begin_once([text] if isinstance(text, str) else text, kwargs)
         return super().__call__(images=images, text=text, **kwargs)

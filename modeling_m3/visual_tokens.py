@@ -35,6 +35,7 @@ import torch
 SAMPLINGS = ("average", "spatial", "sequential")
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 SELECT_STRATEGIES = ("default", "full")
+MOST_TILES = 1024  # of an image: where callers may choose its resolution, one must not take all memory there is
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def as_plain(value: Any) -> Any:
 
 
 def check_pinpoints(image_grid_pinpoints: Sequence[Sequence[int]], tile_size: int) -> None:
-    """Raises `ValueError` unless these are (height, width) pairs, each a whole number of tiles of `tile_size` pixels."""
+    """Raises `ValueError` unless these are (height, width) pairs, each of at most `MOST_TILES` tiles of `tile_size` pixels."""
     if not isinstance(image_grid_pinpoints, (list, tuple)) or not image_grid_pinpoints:
         raise ValueError(
             f"image_grid_pinpoints={image_grid_pinpoints!r}: give a list with at least one (height, width) pair, or None "
@@ -219,6 +220,8 @@ def check_pinpoints(image_grid_pinpoints: Sequence[Sequence[int]], tile_size: in
                 f"image_grid_pinpoints holds {pair!r}: every entry must be a (height, width) pair of positive multiples of "
                 f"the tile size, {tile_size} pixels."
             )
+        if (pair[0] // tile_size) * (pair[1] // tile_size) > MOST_TILES:
+            raise ValueError(f"image_grid_pinpoints holds {pair!r}, which is more than {MOST_TILES} tiles.")
 
 
 def select_resolution(image_size: tuple[int, int], image_grid_pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
@@ -262,6 +265,11 @@ def split_tiles(
         ValueError: for pixels of another shape, tiles without a word on their grid, and tiles that are not the grid's.
     """
     images = list(pixel_values)
+    if not images or not isinstance(images[0], torch.Tensor):
+        raise ValueError(
+            f"pixel_values hold {f'a {type(images[0]).__name__}' if images else 'no image'}: pass tensors, as the processor "
+            'makes them with return_tensors="pt".'
+        )
     if images[0].ndim not in (3, 4):
         raise ValueError(
             f"pixel_values of one image have the shape {tuple(images[0].shape)}: expected (channels, height, width), "
@@ -331,10 +339,11 @@ def expand_placeholders(input_ids: Sequence[int], image_token_id: int, counts: I
 
 
 def as_lists(*values: Any) -> list[Any]:
-    """The values with lists in place of tensors, which are fetched from their device in one go."""
+    """The values with lists in place of tensors, which are fetched from their device in one go, and of arrays."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    values = [value if isinstance(value, torch.Tensor) else as_plain(value) for value in values]
     if not tensors:
-        return list(values)
+        return values
     fetched = torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors]).cpu()
     parts = iter(fetched.split([tensor.numel() for tensor in tensors]))
     return [next(parts).view(value.shape).tolist() if isinstance(value, torch.Tensor) else value for value in values]

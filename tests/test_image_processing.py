@@ -230,7 +230,12 @@ def test_long_thin_pictures_need_little_memory(size, backend):
     ({}, (100_000, 1), "100000x1 pixels is padded to a square of 100000x100000"),
     ({}, (1, 40_000), "1x40000 pixels is padded to a square of 40000x40000"),
     ({"do_resize": False}, (20_000, 20), "20000x20 pixels is padded to a square of 20000x20000"),
-    ({"do_pad": False}, (100_000, 1), "100000x1 pixels is resized to 336x33600000"),
+    ({"do_pad": False}, (100_000, 1), "100000x1 pixels is to become one of 336x33600000"),
+    ({"size": {"shortest_edge": 10**6}}, (40, 30), "become one of 1000000x1000000"),
+    ({"size": {"height": 10**6, "width": 10**6}}, (40, 30), "become one of 1000000x1000000"),
+    ({"size": {"shortest_edge": 10**6}, **SETTINGS["llava-next-m3"]}, (40, 30), "become one of 1000000x1000000"),
+    ({"crop_size": 10**6}, (40, 30), "become one of 1000000x1000000"),
+    ({"image_grid_pinpoints": [[336 * 10**6, 336]]}, (40, 30), r"\[336000000, 336\], which is more than 1024 tiles"),
 ])  # fmt: skip
 def test_sizes_that_would_take_all_memory_are_refused(options, size, message, backend):
     with pytest.raises(ValueError, match=message):

@@ -144,9 +144,12 @@ def test_transformers_own_image_processors_get_opened_files():
     (None, "'None' of type NoneType is no picture"),
     ([], "no picture among the images"),
     ([None, [None]], "no picture among the images"),
-    (np.zeros((2, 2, 2, 2, 3)), r"shape \(2, 2, 2, 2, 3\) holds no picture"),
-    (torch.zeros(3, 0, 5), r"shape \(3, 0, 5\) holds no picture"),
-    ([np.zeros((0, 5, 3), np.uint8)], r"shape \(0, 5, 3\) holds no picture"),
+    (np.zeros((2, 2, 2, 2, 3)), r"shape \(2, 2, 2, 2, 3\) and float64 holds no picture"),
+    (torch.zeros(3, 0, 5), r"shape \(3, 0, 5\) and torch.float32 holds no picture"),
+    ([np.zeros((0, 5, 3), np.uint8)], r"shape \(0, 5, 3\) and uint8 holds no picture"),
+    (np.zeros((5, 5, 3), complex), "complex128 holds no picture"),
+    (np.full((5, 5, 3), "a"), "<U1 holds no picture"),
+    (Image.new("RGB", (0, 5)), "0x5 pixels has none"),
 ], ids=str)  # fmt: skip
 def test_what_is_no_picture_is_refused_by_name(images, message, backend):
     with pytest.raises(ValueError, match=message) as error:

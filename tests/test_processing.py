@@ -312,6 +312,8 @@ def test_the_grid_travels_from_the_image_processor_to_the_model(merge_type):
     ({"image_sizes": None}, "image_sizes"),
     ({"image_sizes": [[24, 48], [24, 48]]}, "image_sizes has 2 rows for 1 image"),
     ({"pixel_values": torch.zeros(1, 3, 24, 24)}, r"hold \[1\] tiles"),
+    ({"pixel_values": torch.zeros(0, 3, 3, 24, 24)}, "pixel_values hold no image"),
+    ({"pixel_values": np.zeros((1, 3, 3, 24, 24), np.float32)}, "pixel_values hold a ndarray: pass tensors"),
 ])  # fmt: skip
 def test_a_picture_whose_facts_contradict_each_other_is_refused(change, message):
     inputs = PROCESSORS["spatial_unpad"](images=Image.new("RGB", (48, 24)), return_tensors="pt")
@@ -328,6 +330,21 @@ def test_views_of_a_size_that_the_model_does_not_take_are_refused(override, load
     _, processor = loaded["llava15-m3"]
     with pytest.raises(ValueError, match=r"\(336, 336\)"):
         processor(images=picture("img5_97x53.png"), text=PROMPT, **override)
+
+
+def test_the_facts_of_pictures_may_be_arrays():
+    processor, model = PROCESSORS["spatial_unpad"], MODELS["spatial_unpad"]
+    inputs = processor(images=Image.new("RGB", (48, 24), "red"), num_visual_tokens=9, return_tensors="pt")
+    arrays = {name: value.numpy() for name, value in inputs.items() if name != "pixel_values"}
+    with torch.no_grad():
+        expected, actual = (model.get_image_features(**{**inputs, **each}).pooler_output[0] for each in ({}, arrays))
+    assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize("pinpoints", [np.array([[24, 48]]), ((np.int64(24), 48),)], ids=str)
+def test_pinpoints_may_be_arrays(pinpoints):
+    inputs = PROCESSORS["flat"](images=Image.new("RGB", (9, 9)), image_grid_pinpoints=pinpoints, return_tensors="pt")
+    assert inputs["image_tile_grids"].tolist() == [[1, 2]]
 
 
 def test_a_saved_processor_without_a_patch_size_is_refused():

@@ -66,6 +66,8 @@ CHECKPOINT_KEYS: dict[str, str | None] = {
     **{CHECKPOINT_VISION_PREFIX + key: name for key, name in _VISION_KEYS.items()},
 }
 
+# Names of the parameters with a row for every token.
+VOCABULARY_NAMES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 EMBEDDING_KEY = "model.embed_tokens.weight"  # which every language model has
 
 # A CLIP folder's keys, for a checkpoint whose own vision weights do not count.

@@ -31,7 +31,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from .outputs_m3 import M3LlavaEncodedImages
-from .visual_tokens import check_num_visual_tokens
+from .visual_tokens import as_plain, check_num_visual_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -68,7 +68,7 @@ def matryoshka_loss(
         ValueError: for scales the inputs cannot be cut to, for missing or wrong labels, for another number of placeholders
             than the images have, and for inputs of `forward` that cannot be cut along.
     """
-    config = model.config
+    config, scales = model.config, as_plain(scales)
     layouts = [] if encoded is None else encoded.layouts
     written = check_num_visual_tokens(num_visual_tokens, config.visual_token_scales, len(layouts))
     _check_scales(scales, config.visual_token_scales, written)
@@ -330,7 +330,7 @@ def _cut(
 
 
 def _check_scales(scales: list[int], offered: list[int], written: list[int]) -> None:
-    if not scales or len(set(scales)) != len(scales):
+    if not isinstance(scales, list) or not scales or len(set(scales)) != len(scales):
         raise ValueError(f"matryoshka_scales={scales!r}: give at least one scale, and none twice.")
     for scale in check_num_visual_tokens(list(scales), offered, len(scales), name="matryoshka_scales"):
         if written and scale > min(written):

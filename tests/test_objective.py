@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from conftest import GOLDENS, golden_tensors, picture, tiny_config
@@ -455,6 +456,14 @@ def test_a_cache_is_not_kept(use_cache):
     output = model(**batch, matryoshka_scales=TINY_SCALES, use_cache=use_cache)
     assert output.past_key_values is None
     assert torch.equal(output.loss, model(**batch, matryoshka_scales=TINY_SCALES).loss)
+
+
+def test_scales_as_numbers_of_numpy_and_torch():
+    model = tiny_model()
+    batch = tiny_batch(model.config, LAYOUTS["ragged"], 144)
+    expected = model(**batch, matryoshka_scales=[9, 36]).loss
+    for scales in (np.array([9, 36]), torch.tensor([9, 36]), (9, np.int64(36))):
+        assert torch.equal(model(**batch, matryoshka_scales=scales).loss, expected)
 
 
 def test_the_output_as_a_tuple():

@@ -102,7 +102,7 @@ def test_a_chat_from_a_data_set_has_a_none_for_every_key_that_another_part_has(l
     ([None], [0]),
     ([None, None], [0, 0]),
     ([[None], [None]], [0, 0]),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_none_is_no_image(images, marks, loaded):
     _, processor = loaded["llava15-m3"]
     texts = ["USER: " + "<image>" * count + " Hello ASSISTANT:" for count in marks]
@@ -150,7 +150,7 @@ def test_transformers_own_image_processors_get_opened_files():
     (np.zeros((5, 5, 3), complex), "complex128 holds no picture"),
     (np.full((5, 5, 3), "a"), "<U1 holds no picture"),
     (Image.new("RGB", (0, 5)), "0x5 pixels has none"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_what_is_no_picture_is_refused_by_name(images, message, backend):
     with pytest.raises(ValueError, match=message) as error:
         backend()(images)

@@ -53,7 +53,7 @@ def _chat_template(name: str) -> str:
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="The original checkpoint: a folder or a Hub id.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="The checkpoint: a folder or a Hub id.")],
     destination: Annotated[str, typer.Argument(metavar="DST", help="The folder to write.")],
     model_base: Annotated[
         str | None,
@@ -82,6 +82,10 @@ def convert(
             help="By the checkpoint's name and language model by default.",
         ),
     ] = None,
+    tiling: Annotated[
+        Literal["original", "transformers"],
+        typer.Option(help="Of transformers' LLaVA-NeXT: cut pictures as the original does, or as transformers does."),
+    ] = "original",
     model_id: Annotated[str | None, typer.Option(help="Hub id of the original, for the card; SRC by default.")] = None,
     license: Annotated[str | None, typer.Option(help="For the card; that of SRC's own card by default.")] = None,
     push_to_hub: Annotated[
@@ -92,7 +96,7 @@ def convert(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where something is wrong.")] = False,
     show_version: Annotated[bool, VERSION] = False,
 ) -> None:
-    """Convert an original LLaVA or M3 checkpoint to a folder that transformers loads and the Hub takes."""
+    """Convert a LLaVA or M3 checkpoint, the original's or transformers' own, to a folder that loads as M3."""
     if private and push_to_hub is None:
         raise typer.BadParameter("--private is about a repository: give --push-to-hub too")
     threading.Thread(target=read_ahead, args=(Path(source),), daemon=True).start()
@@ -116,6 +120,7 @@ def convert(
                 quantize=quantize,
                 max_shard_size=max_shard_size,
                 chat_template=chat_template,
+                tiling=tiling,
                 model_id=model_id,
                 license=license,
                 hub_id=push_to_hub,

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import re
 
+from transformers import PreTrainedTokenizerBase
+
 
 def choose_chat_template(model_type: str, name_hint: str) -> str:
     """Names the template for a checkpoint by the original's rule: by its name (`llava/serve/cli.py`).
@@ -148,3 +150,9 @@ CHAT_TEMPLATES: dict[str, str] = {
     "chatml": BEGINNING + _CHATML,
 }
 """The templates of the original's vicuna_v1, llava_llama_2, mistral_instruct and chatml_direct, by our names."""
+
+
+def chat_template_for(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    """One of `CHAT_TEMPLATES`, without the token that begins prompts where the tokenizer adds none."""
+    template = CHAT_TEMPLATES[name]
+    return template if tokenizer("")["input_ids"] else template.removeprefix(BEGINNING)

@@ -13,6 +13,8 @@ from modeling_m3 import M3LlavaForConditionalGeneration
 
 from .card import model_card
 from .from_original import read_original
+from .from_transformers import Tiling, is_transformers_layout, read_transformers
+from .lora import is_adapter
 from .mapping import OPTIONAL_NAMES, VOCABULARY_NAMES, original_keys, remap_key
 from .original import ConversionError, StoredTensor, local_folder, read_json
 from .quantization import Quantization, quantization_config, quantize_plan
@@ -55,12 +57,15 @@ def convert(
     quantize: Quantization | None = None,
     max_shard_size: int | str = "5GB",
     chat_template: str | None = None,
+    tiling: Tiling = "original",
     model_id: str | None = None,
     license: str | None = None,
     hub_id: str | None = None,
     overwrite: bool = False,
 ) -> Conversion:
-    """Converts an original LLaVA or M3 checkpoint. Needs little memory, whatever the checkpoint's size.
+    """Converts an original LLaVA or M3 checkpoint, or one of transformers' own LLaVA or LLaVA-NeXT.
+
+    Needs little memory, whatever the checkpoint's size.
 
     Args:
         source: the checkpoint's folder or its Hub id.
@@ -70,7 +75,9 @@ def convert(
         dtype: to store the weights in; as they are stored by default.
         quantize: store the language model's layers in 4 bits ("nf4") or 8 ("int8"), as bitsandbytes has them.
         max_shard_size: of a weight file, in bytes or as `"5GB"`.
-        chat_template: a key of `CHAT_TEMPLATES`; chosen by the checkpoint's name and language model by default.
+        chat_template: a key of `CHAT_TEMPLATES`; by default chosen by the checkpoint's name and language model, and in
+            transformers' folders their own.
+        tiling: of transformers' LLaVA-NeXT folders; see `read_transformers`.
         model_id: Hub id of the original, for the card; `source` by default.
         license: for the card; the one of the source's own card by default.
         hub_id: under which the new folder will be on the Hub, for the card's examples.
@@ -86,14 +93,22 @@ def convert(
     folder = local_folder(source)
     config_file = folder / "config.json"
     name = str(model_id or (folder.resolve() if Path(source).is_dir() else source))
-    checkpoint = read_original(
-        folder,
-        read_json(config_file),
-        name=name,
-        model_base=model_base,
-        vision_tower=vision_tower,
-        chat_template=chat_template,
-    )
+    base = local_folder(model_base) if model_base is not None and is_adapter(folder) else None
+    # What PEFT saves on transformers' own folders has no configuration beside the adapter.
+    layout = read_json(config_file if base is None or config_file.exists() else base / "config.json")
+    if is_transformers_layout(layout):
+        checkpoint = read_transformers(
+            base or folder, folder if base else None, name=name, chat_template=chat_template, tiling=tiling
+        )
+    else:
+        checkpoint = read_original(
+            folder,
+            layout,
+            name=name,
+            model_base=model_base,
+            vision_tower=vision_tower,
+            chat_template=chat_template,
+        )
     _check_apart(destination, *checkpoint.folders)
     tensors, num_dropped = plan(checkpoint, dtype, config_file)
     config = checkpoint.config

@@ -4,11 +4,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modeling_m3 import M3LlavaConfig, M3LlavaImageProcessorPil, M3LlavaProcessor
 
-from .chat_templates import BEGINNING, CHAT_TEMPLATES, choose_chat_template
+from .chat_templates import chat_template_for, choose_chat_template
 from .lora import is_adapter, merged_tensors
 from .mapping import (
     CHECKPOINT_KEYS,
@@ -29,7 +29,7 @@ from .original import (
     stored_tensors,
     unwrapped,
 )
-from .source import Source, naming
+from .source import Source, generation_config, naming
 from .tokenizer import build_tokenizer
 from .vision import VisionTower, find_vision_tower
 
@@ -37,7 +37,6 @@ from .vision import VisionTower, find_vision_tower
 logger = logging.getLogger(__name__)
 
 VOCABULARY_MULTIPLE = 64  # rows of the embedding, for the sake of matrix kernels
-_SAMPLING_SETTINGS = ("do_sample", "temperature", "top_p", "top_k")
 
 
 def read_original(
@@ -83,7 +82,7 @@ def read_original(
         tensors=tensors,
         rows=rows,
         processor=processor,
-        generation_config=_generation_config(original, base, tokenizer, template),
+        generation_config=generation_config(original, base, tokenizer, template),
         trained_for_scales=bool(original.get("matryoshka_vis_token_scale")),
         folders=(folder, base, vision.folder),
     )
@@ -97,9 +96,7 @@ def _processor(
     chat_template: str,
 ) -> M3LlavaProcessor:
     """The processor that prepares images and prompts as the original does, with a template of `CHAT_TEMPLATES`."""
-    template = CHAT_TEMPLATES[chat_template]
-    if not tokenizer("")["input_ids"]:  # no token begins the original's prompts
-        template = template.removeprefix(BEGINNING)
+    template = chat_template_for(tokenizer, chat_template)
     if original.get("mm_use_im_start_end"):
         template = template.replace("<image>", "<im_start><image><im_end>")
     image_processor = M3LlavaImageProcessorPil(
@@ -180,29 +177,3 @@ def _with_vocabulary(arguments: dict[str, Any], tokenizer: PreTrainedTokenizerBa
     }
     image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
     return {**arguments, "text_config": text_config, "image_token_id": image_token_id}
-
-
-def _generation_config(
-    original: dict[str, Any], folder: Path, tokenizer: PreTrainedTokenizerBase, chat_template: str
-) -> GenerationConfig:
-    """Token ids, and how to sample where the original samples.
-
-    The original ships a temperature without `do_sample`, which has no effect and which transformers 5 refuses to save,
-    and a `max_length` that counts the prompt, about which every call with `max_new_tokens` would warn. To be greedy is
-    written down because `pipeline` samples where a checkpoint says nothing.
-    """
-    file = folder / "generation_config.json"
-    given = {**original, **(read_json(file) if file.exists() else {})}
-    kept = {"do_sample": False}
-    if given.get("do_sample"):
-        kept = {key: given[key] for key in _SAMPLING_SETTINGS if key in given}
-    ends = given.get("eos_token_id", tokenizer.eos_token_id)
-    if chat_template == "chatml":  # whose turns end with a token that need not be the vocabulary's end of sentence
-        turn_end = tokenizer.get_vocab().get("<|im_end|>")
-        ends = sorted({*(ends if isinstance(ends, list) else [ends]), turn_end} - {None})
-    return GenerationConfig(
-        bos_token_id=given.get("bos_token_id", tokenizer.bos_token_id),
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-        **kept,
-    )

@@ -5,7 +5,7 @@ Shapes: o, i the rows and columns of a base's weight, r the adapter's rank.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def merged_tensors(folder: Path, base: dict[str, StoredTensor], base_folder: Path) -> dict[str, StoredTensor]:
-    """The base's tensors with the adapter's added and those trained beside it in their places; nothing is read yet.
+    """The base's tensors with LLaVA's adapter merged and those trained beside it in their places; nothing is read yet.
 
     Source: the original's `load_pretrained_model` (`llava/model/builder.py`).
 
@@ -61,6 +61,24 @@ def merged_tensors(folder: Path, base: dict[str, StoredTensor], base_folder: Pat
 
     Raises:
         ConversionError: files are missing, the adapter is of another kind, or it is not one for this base.
+    """
+    merged = merge_adapter(folder, base, base_folder)
+    if not (folder / TRAINED_BESIDE_FILE).exists():
+        raise ConversionError(f"{folder / TRAINED_BESIDE_FILE} is missing, which has the projector: download it again")
+    return merged | _trained_beside(folder / TRAINED_BESIDE_FILE)
+
+
+def merge_adapter(
+    folder: Path, base: dict[str, StoredTensor], base_folder: Path, rename: Callable[[str], str | None] = str
+) -> dict[str, StoredTensor]:
+    """The base's tensors with the adapter that PEFT saved merged.
+
+    Args:
+        folder, base, base_folder: as of `merged_tensors`.
+        rename: what `base` calls a key of the model that PEFT wrapped.
+
+    Raises:
+        ConversionError: as `merged_tensors`.
     """
     config = read_json(folder / CONFIG_FILE)
     scaling = _scaling(config, folder / CONFIG_FILE)
@@ -77,10 +95,9 @@ def merged_tensors(folder: Path, base: dict[str, StoredTensor], base_folder: Pat
     for key, pair in halves.items():
         for missing in {"A", "B"} - pair.keys():
             raise ConversionError(f"{file}: {key.removesuffix('weight')}lora_{missing} is missing: download it again")
-        merged[key] = _merged(key, pair["A"], pair["B"], base, base_folder, config["r"], scaling)
-    if not (folder / TRAINED_BESIDE_FILE).exists():
-        raise ConversionError(f"{folder / TRAINED_BESIDE_FILE} is missing, which has the projector: download it again")
-    return merged | _trained_beside(folder / TRAINED_BESIDE_FILE)
+        name = rename(key)
+        merged[name] = _merged(name, pair["A"], pair["B"], base, base_folder, config["r"], scaling)
+    return merged
 
 
 def _scaling(config: dict[str, Any], file: Path) -> float:

@@ -36,34 +36,66 @@ _VISION_KEYS = {
 }
 CHECKPOINT_VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
 
-# A LLaVA checkpoint's keys. {i}: the same number on both sides. {n}: {i} // 2 + 1, the linear layer's count, as the
-# activations between them have odd numbers. None: dropped on purpose. A key without a row is an error.
+# The language model without its head. {i}: the same number on both sides.
+_LANGUAGE_KEYS = {
+    "embed_tokens.weight": "model.language_model.embed_tokens.weight",
+    "layers.{i}.input_layernorm.weight": "model.language_model.layers.{i}.input_layernorm.weight",
+    "layers.{i}.self_attn.q_proj.weight": "model.language_model.layers.{i}.self_attn.q_proj.weight",
+    "layers.{i}.self_attn.q_proj.bias": "model.language_model.layers.{i}.self_attn.q_proj.bias",
+    "layers.{i}.self_attn.k_proj.weight": "model.language_model.layers.{i}.self_attn.k_proj.weight",
+    "layers.{i}.self_attn.k_proj.bias": "model.language_model.layers.{i}.self_attn.k_proj.bias",
+    "layers.{i}.self_attn.v_proj.weight": "model.language_model.layers.{i}.self_attn.v_proj.weight",
+    "layers.{i}.self_attn.v_proj.bias": "model.language_model.layers.{i}.self_attn.v_proj.bias",
+    "layers.{i}.self_attn.o_proj.weight": "model.language_model.layers.{i}.self_attn.o_proj.weight",
+    "layers.{i}.self_attn.o_proj.bias": "model.language_model.layers.{i}.self_attn.o_proj.bias",
+    "layers.{i}.post_attention_layernorm.weight": "model.language_model.layers.{i}.post_attention_layernorm.weight",
+    "layers.{i}.mlp.gate_proj.weight": "model.language_model.layers.{i}.mlp.gate_proj.weight",
+    "layers.{i}.mlp.up_proj.weight": "model.language_model.layers.{i}.mlp.up_proj.weight",
+    "layers.{i}.mlp.down_proj.weight": "model.language_model.layers.{i}.mlp.down_proj.weight",
+    "norm.weight": "model.language_model.norm.weight",
+    "layers.{i}.self_attn.rotary_emb.inv_freq": None,  # computed from rope_theta; saved before transformers 4.32
+}
+
+# A LLaVA checkpoint's keys. {n}: {i} // 2 + 1, the linear layer's count, as the activations between them have odd
+# numbers. None: dropped on purpose. A key without a row is an error.
 CHECKPOINT_KEYS: dict[str, str | None] = {
-    "model.embed_tokens.weight": "model.language_model.embed_tokens.weight",
-    "model.layers.{i}.input_layernorm.weight": "model.language_model.layers.{i}.input_layernorm.weight",
-    "model.layers.{i}.self_attn.q_proj.weight": "model.language_model.layers.{i}.self_attn.q_proj.weight",
-    "model.layers.{i}.self_attn.q_proj.bias": "model.language_model.layers.{i}.self_attn.q_proj.bias",
-    "model.layers.{i}.self_attn.k_proj.weight": "model.language_model.layers.{i}.self_attn.k_proj.weight",
-    "model.layers.{i}.self_attn.k_proj.bias": "model.language_model.layers.{i}.self_attn.k_proj.bias",
-    "model.layers.{i}.self_attn.v_proj.weight": "model.language_model.layers.{i}.self_attn.v_proj.weight",
-    "model.layers.{i}.self_attn.v_proj.bias": "model.language_model.layers.{i}.self_attn.v_proj.bias",
-    "model.layers.{i}.self_attn.o_proj.weight": "model.language_model.layers.{i}.self_attn.o_proj.weight",
-    "model.layers.{i}.self_attn.o_proj.bias": "model.language_model.layers.{i}.self_attn.o_proj.bias",
-    "model.layers.{i}.post_attention_layernorm.weight": (
-        "model.language_model.layers.{i}.post_attention_layernorm.weight"
-    ),
-    "model.layers.{i}.mlp.gate_proj.weight": "model.language_model.layers.{i}.mlp.gate_proj.weight",
-    "model.layers.{i}.mlp.up_proj.weight": "model.language_model.layers.{i}.mlp.up_proj.weight",
-    "model.layers.{i}.mlp.down_proj.weight": "model.language_model.layers.{i}.mlp.down_proj.weight",
-    "model.norm.weight": "model.language_model.norm.weight",
+    **{"model." + key: name for key, name in _LANGUAGE_KEYS.items()},
     "lm_head.weight": "lm_head.weight",
     "model.mm_projector.weight": "model.multi_modal_projector.linear_1.weight",
     "model.mm_projector.bias": "model.multi_modal_projector.linear_1.bias",
     "model.mm_projector.{i}.weight": "model.multi_modal_projector.linear_{n}.weight",
     "model.mm_projector.{i}.bias": "model.multi_modal_projector.linear_{n}.bias",
     "model.image_newline": "model.image_newline",
-    "model.layers.{i}.self_attn.rotary_emb.inv_freq": None,  # computed from rope_theta; saved before transformers 4.32
     **{CHECKPOINT_VISION_PREFIX + key: name for key, name in _VISION_KEYS.items()},
+}
+
+# Those of transformers' own LLaVA, as releases from 4.36 on save it, or name it once it is loaded, as adapters do.
+TRANSFORMERS_KEYS: dict[str, str | None] = {
+    **{
+        p + key: name
+        for p in ("language_model.model.", "model.language_model.")
+        for key, name in _LANGUAGE_KEYS.items()
+    },
+    **{
+        p + key: name
+        for p in (
+            "vision_tower.vision_model.",
+            "vision_tower.",
+            "model.vision_tower.vision_model.",
+            "model.vision_tower.",
+        )
+        for key, name in _VISION_KEYS.items()
+    },
+    **{
+        f"{p}multi_modal_projector.linear_{n}.{kind}": f"model.multi_modal_projector.linear_{n}.{kind}"
+        for p in ("", "model.")
+        for n in (1, 2)
+        for kind in ("weight", "bias")
+    },
+    "image_newline": "model.image_newline",
+    "model.image_newline": "model.image_newline",
+    "language_model.lm_head.weight": "lm_head.weight",
+    "lm_head.weight": "lm_head.weight",
 }
 
 # Names of the parameters with a row for every token.
@@ -217,7 +249,7 @@ def _text_config(original: dict[str, Any], source: str) -> dict[str, Any]:
     model_type = original.get("model_type")
     if "text_config" in original:
         raise ConversionError(
-            f"{source}: model_type {model_type!r} with a text_config is not the original layout: load it as it is"
+            f"{source}: model_type {model_type!r} is no LLaVA: the original's and transformers' LLaVA and LLaVA-NeXT convert"
         )
     if "mpt" in str(model_type):
         raise ConversionError(f"{source}: model_type {model_type!r}: MPT language models are not supported")

@@ -4,12 +4,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from modeling_m3 import M3LlavaConfig, M3LlavaProcessor
 
-from .original import ConversionError, StoredTensor
+from .original import ConversionError, StoredTensor, read_json
+
+
+_SAMPLING_SETTINGS = ("do_sample", "temperature", "top_p", "top_k")
 
 
 @dataclass(frozen=True)
@@ -43,3 +47,30 @@ def naming(file: Path) -> Iterator[None]:
         text = " ".join(str(error).split())
         text = text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
         raise ConversionError(text if str(file) in text else f"{file}: {text}") from error
+
+
+def generation_config(
+    original: dict[str, Any], folder: Path, tokenizer: PreTrainedTokenizerBase, chat_template: str
+) -> GenerationConfig:
+    """Token ids, and how to sample where the original samples.
+
+    The original ships a temperature without `do_sample`, which has no effect and which transformers 5 refuses to save,
+    and a `max_length` that counts the prompt, about which every call with `max_new_tokens` would warn. To be greedy is
+    written down because `pipeline` samples where a checkpoint says nothing.
+    """
+    file = folder / "generation_config.json"
+    given = {**original, **(read_json(file) if file.exists() else {})}
+    given = {key: value for key, value in given.items() if value is not None}
+    kept = {"do_sample": False}
+    if given.get("do_sample"):
+        kept = {key: given[key] for key in _SAMPLING_SETTINGS if key in given}
+    ends = given.get("eos_token_id", tokenizer.eos_token_id)
+    if chat_template == "chatml":  # whose turns end with a token that need not be the vocabulary's end of sentence
+        turn_end = tokenizer.get_vocab().get("<|im_end|>")
+        ends = sorted({*(ends if isinstance(ends, list) else [ends]), turn_end} - {None})
+    return GenerationConfig(
+        bos_token_id=given.get("bos_token_id", tokenizer.bos_token_id),
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        **kept,
+    )

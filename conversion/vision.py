@@ -99,7 +99,9 @@ def find_vision_tower(
     tensors = None
     if not inside:
         tensors = unwrapped(stored_tensors(tower), "embeddings.class_embedding", tower, ("", "vision_model."))
-    return VisionTower(_config(tower), _preprocessing(tower), tensors, tower)
+    return VisionTower(
+        _config(tower), preprocessing_arguments(read_json(tower / "preprocessor_config.json")), tensors, tower
+    )
 
 
 def _config(tower: Path) -> dict[str, Any]:
@@ -111,9 +113,8 @@ def _config(tower: Path) -> dict[str, Any]:
     return {**config.get("vision_config", config), "model_type": "clip_vision_model"}
 
 
-def _preprocessing(tower: Path) -> dict[str, Any]:
-    """The image processor's arguments; sizes were plain numbers before transformers 4.25."""
-    config = read_json(tower / "preprocessor_config.json")
+def preprocessing_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Our image processor's arguments, from another's settings; sizes were plain numbers before transformers 4.25."""
     found = {key: config[key] for key in sorted(_PREPROCESSING_KEYS & config.keys())}
     if isinstance(found.get("size"), int):
         found["size"] = {"shortest_edge": found["size"]}

@@ -27,5 +27,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
         hint = ""
         if "mm_vision_tower" in config:
             hint = f" It is an original LLaVA checkpoint; convert it first: m3-convert {folder} {folder.name}-hf"
+        elif config.get("model_type") in ("llava", "llava_next"):
+            hint = f" It is a LLaVA in transformers' format; convert it first: m3-convert {folder} {folder.name}-m3"
         raise ValueError(f"{folder} is not an M3 checkpoint: its model_type is {config.get('model_type')!r}.{hint}")
     return config

@@ -119,6 +119,18 @@ class M3LlavaConfig(PreTrainedConfig):
             self.image_grid_pinpoints = [list(pair) for pair in self.image_grid_pinpoints]
         self._check()
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        """As in transformers. Raises `ValueError` for the folder of another model, of which transformers would only warn."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is no M3 checkpoint: its model_type is {model_type!r}. A LLaVA can be made one: "
+                f"m3-convert {pretrained_model_name_or_path} NEW_FOLDER"
+            )
+        return config, kwargs
+
     @property
     def keeps_class_token(self) -> bool:
         """Whether every tile has one visual token more, the class token."""

@@ -1,0 +1,190 @@
+"""A checkpoint of transformers' own LLaVA or LLaVA-NeXT as a `Source`, in the layouts that releases from 4.36 on save."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from modeling_m3 import M3LlavaConfig, M3LlavaImageProcessorPil, M3LlavaProcessor
+from modeling_m3.visual_tokens import check_pinpoints
+
+from .chat_templates import chat_template_for, choose_chat_template
+from .lora import merge_adapter
+from .mapping import TRANSFORMERS_KEYS, VOCABULARY_NAMES, remap_key
+from .original import ConversionError, StoredTensor, check_content, read_json, stored_tensors, unwrapped
+from .source import Source, generation_config, naming
+from .vision import preprocessing_arguments
+
+
+Tiling = Literal["original", "transformers"]
+MODEL_TYPES = ("llava", "llava_next")
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def is_transformers_layout(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` is one of transformers' LLaVA classes. The first original LLaVA was a `llava` too."""
+    return config.get("model_type") in MODEL_TYPES and "text_config" in config
+
+
+def read_transformers(
+    folder: Path, adapter: Path | None, *, name: str, chat_template: str | None, tiling: Tiling
+) -> Source:
+    """Reads all but the weights' values.
+
+    Args:
+        folder: the checkpoint.
+        adapter: the folder of one that PEFT trained on it and saved.
+        name: by which a chat template is chosen where the checkpoint has none.
+        chat_template: a key of `CHAT_TEMPLATES` in place of the checkpoint's own.
+        tiling: how LLaVA-NeXT's pictures are cut. Its resolutions are the original's (width, height) pairs, which
+            transformers reads as (height, width): "original" reads them as the original does, as the model was trained.
+
+    Raises:
+        ConversionError: what is wrong with the checkpoint, or that it is of a kind that does not convert.
+    """
+    config_file = folder / "config.json"
+    given = read_json(config_file)
+    _check_kind(given, config_file)
+    with naming(config_file):
+        theirs = AutoConfig.from_pretrained(folder)
+    prefixes = ("language_model.model.", "model.language_model.")
+    tensors = unwrapped(stored_tensors(folder), "embed_tokens.weight", folder, prefixes)
+    table: dict[str, str | None] = TRANSFORMERS_KEYS
+    if adapter is not None:
+        tensors, table = _with_adapter(tensors, folder, adapter)
+    names = {_name(key) for key in tensors}
+    pinpoints = _pinpoints(theirs, tiling)
+    with naming(config_file):
+        config = M3LlavaConfig(
+            vision_config=theirs.vision_config.to_dict(),
+            text_config=theirs.text_config.to_dict(),
+            image_token_id=theirs.image_token_id,
+            vision_feature_layer=theirs.vision_feature_layer,
+            vision_feature_select_strategy=theirs.vision_feature_select_strategy,
+            projector_hidden_act=theirs.projector_hidden_act,
+            multimodal_projector_bias=getattr(theirs, "multimodal_projector_bias", True),
+            image_grid_pinpoints=pinpoints,
+            patch_merge_type="flat" if pinpoints is None else "spatial_unpad",
+            tie_word_embeddings=theirs.tie_word_embeddings or VOCABULARY_NAMES[1] not in names,
+        )
+    for name in _TOKENIZER_FILES:
+        if (folder / name).is_file():
+            with open(folder / name, "rb") as opened:
+                check_content(folder / name, opened.read(100))
+    with naming(folder):
+        own = AutoProcessor.from_pretrained(folder)
+        tokenizer = _tokenizer(own.tokenizer, config, config_file)
+        template = None if chat_template else getattr(own, "chat_template", None) or own.tokenizer.chat_template
+        if not isinstance(template, str):  # before 4.43 they had none
+            template = chat_template_for(tokenizer, chat_template or _chosen(config, name))
+        processor = M3LlavaProcessor(
+            image_processor=M3LlavaImageProcessorPil(
+                **{"do_pad": False, **_preprocessing(folder, config), "image_grid_pinpoints": pinpoints}
+            ),
+            tokenizer=tokenizer,
+            patch_size=config.vision_config.patch_size,
+            visual_token_scales=config.visual_token_scales,
+            patch_merge_type=config.patch_merge_type,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            chat_template=template,
+        )
+    return Source(
+        config=config,
+        tensors=[(tensors, table)],
+        rows=config.text_config.vocab_size,
+        processor=processor,
+        generation_config=generation_config(theirs.text_config.to_dict(), folder, tokenizer, chat_template or ""),
+        trained_for_scales=False,
+        folders=(folder, adapter),
+    )
+
+
+def _check_kind(config: dict[str, Any], file: Path) -> None:
+    """Raises `ConversionError` for what no release of transformers makes of LLaVA, or M3 has no place for."""
+    quantized = config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ConversionError(f"{file}: its weights are quantized ({method}): start from the full-precision checkpoint")
+    for part, supported in (("text_config", LANGUAGE_MODELS), ("vision_config", ("clip_vision_model",))):
+        described = config.get(part)
+        kind = described.get("model_type", supported[0]) if isinstance(described, dict) else supported[0]
+        if kind not in supported:
+            raise ConversionError(
+                f"{file}: the model_type of {part} is {kind!r}: {', '.join(supported)} are supported, as of now"
+            )
+    layer = config.get("vision_feature_layer", -2)
+    if not isinstance(layer, int):
+        raise ConversionError(f"{file}: vision_feature_layer is {layer!r}: only the output of one layer is supported")
+    if config.get("use_image_newline_parameter") is False:
+        raise ConversionError(
+            f"{file}: use_image_newline_parameter is false: rows of tiles without a newline are not supported"
+        )
+
+
+def _name(key: str) -> str | None:
+    try:
+        return remap_key(key, TRANSFORMERS_KEYS)
+    except KeyError:
+        return key  # the plan names it
+
+
+def _with_adapter(
+    tensors: dict[str, StoredTensor], folder: Path, adapter: Path
+) -> tuple[dict[str, StoredTensor], dict[str, str | None]]:
+    """The tensors by their names here, which do not differ from release to release, with the adapter merged."""
+    named = {_name(key): tensor for key, tensor in tensors.items()}
+    named.pop(None, None)
+    names = {name: name for name in TRANSFORMERS_KEYS.values() if name is not None}
+    return merge_adapter(adapter, named, folder, _name), names
+
+
+def _pinpoints(config: PreTrainedConfig, tiling: Tiling) -> list[list[int]] | None:
+    if config.model_type != "llava_next":
+        return None
+    check_pinpoints(config.image_grid_pinpoints, config.vision_config.image_size)
+    pairs = [list(pair) for pair in config.image_grid_pinpoints]
+    return pairs if tiling == "transformers" else [pair[::-1] for pair in pairs]
+
+
+def _preprocessing(folder: Path, config: M3LlavaConfig) -> dict[str, Any]:
+    """The image processor's settings, from where releases before and after 5 keep them."""
+    file = folder / "preprocessor_config.json"
+    settings = (
+        read_json(file) if file.is_file() else read_json(folder / "processor_config.json").get("image_processor", {})
+    )
+    found = preprocessing_arguments(settings)
+    if (
+        settings.get("do_pad")
+        and settings.get("image_processor_type", "").removesuffix("Fast") == "LlavaImageProcessor"
+    ):
+        found["do_pad"] = True  # to a square; LLaVA-NeXT's word for padding its tiles
+    side = config.vision_config.image_size
+    return {"crop_size": {"height": side, "width": side}, **found}
+
+
+def _tokenizer(own: PreTrainedTokenizerBase, config: M3LlavaConfig, file: Path) -> PreTrainedTokenizerFast:
+    """The checkpoint's own, without what its class would make of it anew."""
+    if not own.is_fast:
+        raise ConversionError(f"{file.parent}: its tokenizer is a {type(own).__name__}, of which there is no fast one")
+    image_token = own.convert_ids_to_tokens(config.image_token_id)
+    if image_token is None:
+        raise ConversionError(
+            f"{file}: image_token_index is {config.image_token_id}, but the tokenizer has no such token: correct either"
+        )
+    named = {name: str(token) for name, token in own.special_tokens_map.items() if isinstance(token, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=own.backend_tokenizer,
+        **{
+            name: token for name, token in named.items() if name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        },
+        image_token=image_token,
+        model_max_length=own.model_max_length,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _chosen(config: M3LlavaConfig, name: str) -> str:
+    kind = config.text_config.model_type
+    return "chatml" if kind == "qwen2" else choose_chat_template(f"llava_{kind}", name)

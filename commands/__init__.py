@@ -13,6 +13,10 @@ def ask() -> int | None:
     return _run("m3-ask", "modeling_m3.__main__")
 
 
+def cache() -> int | None:
+    return _run("m3-cache", "modeling_m3.cache_command")
+
+
 def convert() -> int | None:
     return _run("m3-convert", "m3_conversion.__main__")
 

@@ -51,6 +51,7 @@ def convert(
     source: str | Path,
     destination: str | Path,
     *,
+    revision: str | None = None,
     model_base: str | Path | None = None,
     vision_tower: str | None = None,
     dtype: torch.dtype | None = None,
@@ -69,6 +70,7 @@ def convert(
 
     Args:
         source: the checkpoint's folder or its Hub id.
+        revision: of the source, where it is on the Hub.
         destination: the folder to write. It appears under this name only when it is whole.
         model_base: where `source` is a LoRA adapter or a projector alone, the folder or Hub id of what it was trained on.
         vision_tower: a CLIP folder or Hub id in place of the one that the checkpoint's config names.
@@ -90,7 +92,7 @@ def convert(
     start = time.monotonic()
     destination = Path(destination).resolve()
     check_destination(destination, overwrite)  # before a download that may take an hour
-    folder = local_folder(source)
+    folder = local_folder(source, revision=revision)
     config_file = folder / "config.json"
     name = str(model_id or (folder.resolve() if Path(source).is_dir() else source))
     base = local_folder(model_base) if model_base is not None and is_adapter(folder) else None
@@ -121,7 +123,7 @@ def convert(
         destination.name,
         name,
         config,
-        trained_for_scales=checkpoint.trained_for_scales,
+        trained_for_scales=len(config.trained_scales) > 1,
         quantization=quantize,
         hub_id=hub_id,
         source=folder,

@@ -70,6 +70,9 @@ def read_original(
     rows = _check_vocabulary(original, checkpoint, tokenizer, folder)
     with naming(config_file):
         config = M3LlavaConfig(**_with_vocabulary(arguments, tokenizer, rows), vision_config=vision.config)
+    config.trained_scales = config.visual_token_scales
+    if not original.get("matryoshka_vis_token_scale"):
+        config.trained_scales = [max(config.visual_token_scales)]
     template = chat_template or choose_chat_template(original["model_type"], name)
     with naming(vision.folder or config_file):
         processor = _processor(config, tokenizer, vision, original, template)
@@ -83,7 +86,6 @@ def read_original(
         rows=rows,
         processor=processor,
         generation_config=generation_config(original, base, tokenizer, template),
-        trained_for_scales=bool(original.get("matryoshka_vis_token_scale")),
         folders=(folder, base, vision.folder),
     )
 

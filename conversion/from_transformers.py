@@ -68,10 +68,11 @@ def read_transformers(
             patch_merge_type="flat" if pinpoints is None else "spatial_unpad",
             tie_word_embeddings=theirs.tie_word_embeddings or VOCABULARY_NAMES[1] not in names,
         )
-    for name in _TOKENIZER_FILES:
-        if (folder / name).is_file():
-            with open(folder / name, "rb") as opened:
-                check_content(folder / name, opened.read(100))
+    config.trained_scales = [max(config.visual_token_scales)]
+    for file in (folder / file_name for file_name in _TOKENIZER_FILES):
+        if file.is_file():
+            with open(file, "rb") as opened:
+                check_content(file, opened.read(100))
     with naming(folder):
         own = AutoProcessor.from_pretrained(folder)
         tokenizer = _tokenizer(own.tokenizer, config, config_file)
@@ -95,7 +96,6 @@ def read_transformers(
         rows=config.text_config.vocab_size,
         processor=processor,
         generation_config=generation_config(theirs.text_config.to_dict(), folder, tokenizer, chat_template or ""),
-        trained_for_scales=False,
         folders=(folder, adapter),
     )
 

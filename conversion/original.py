@@ -112,7 +112,12 @@ class StoredTensor:
         return ConversionError(f"{self.file} ends inside {self.key}: download or copy it again")
 
 
-def local_folder(name: str | Path, *, weights: bool = True) -> Path:
+def is_hub_id(name: str) -> bool:
+    """Whether a repository of the Hub may be called so."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
+
+
+def local_folder(name: str | Path, *, weights: bool = True, revision: str | None = None) -> Path:
     """The folder `name`; where no such folder exists, the Hub repository of that name, its weights included or not.
 
     Raises:
@@ -120,13 +125,13 @@ def local_folder(name: str | Path, *, weights: bool = True) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
-    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
+    if Path(name).exists() or not is_hub_id(str(name)):
         raise ConversionError(f"{name} is not a folder: give a checkpoint's folder or its Hub id")
     try:
         small = ["*.json", "*.model", "README.md", *_SMALL_WEIGHTS]
-        folder = Path(snapshot_download(str(name), allow_patterns=small))
+        folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=small))
         for pattern in ("model*.safetensors", "pytorch_model*.bin") if weights else ():
-            snapshot_download(str(name), allow_patterns=[pattern])
+            snapshot_download(str(name), revision=revision, allow_patterns=[pattern])
             if any(folder.glob(pattern)):
                 break  # many repositories hold both
     except (OSError, ValueError) as error:

@@ -25,7 +25,6 @@ class Source:
         tensors: what the weights come from, each with its table of keys, which `remap_key` reads.
         rows: of the embedding as it is stored; the new one may have more.
         processor, generation_config: of the new checkpoint.
-        trained_for_scales: whether it was trained for several numbers of visual tokens.
         folders: all that is read.
     """
 
@@ -34,7 +33,6 @@ class Source:
     rows: int
     processor: M3LlavaProcessor
     generation_config: GenerationConfig
-    trained_for_scales: bool
     folders: tuple[Path | None, ...]
 
 

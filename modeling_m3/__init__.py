@@ -4,6 +4,7 @@ Importing this package registers M3 with the Auto classes, so that M3 checkpoint
 """
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
@@ -60,6 +61,14 @@ def default_checkpoint() -> Path:
     return folder
 
 
+def __getattr__(name: str) -> Any:
+    if name == "load":  # which this package does without
+        from .any_checkpoint import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "REMOTE_CODE_FILES",
     "M3LlavaConfig",
@@ -71,4 +80,5 @@ __all__ = [
     "M3LlavaProcessor",
     "__version__",
     "default_checkpoint",
+    "load",
 ]

@@ -6,8 +6,10 @@ Not part of a checkpoint: no file that travels with one imports this.
 import sys
 import textwrap
 import time
+from collections.abc import Callable
+from logging import Formatter, StreamHandler, getLogger
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -22,12 +24,17 @@ import modeling_m3
 from modeling_m3.pictures import open_pictures
 from modeling_m3.processing_m3 import MAKES_TEXT_PLAIN
 
-from .checkpoint import check_checkpoint
+from .any_checkpoint import M3Checkpoint, find
 
 
 M3_TINY = (
     "this is m3-tiny, which was trained on drawn shapes, dots and short codes alone, and answers about photographs at random. "
     "Name another checkpoint by --model."
+)
+
+NOT_TRAINED = (
+    "this checkpoint was trained at {} visual tokens alone, and answers worse with fewer. m3-train trains it for all numbers: "
+    "docs/training.md."
 )
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -64,7 +71,16 @@ def ask(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask about it.")],
     model: Annotated[
         str | None,
-        typer.Option(help="An M3 checkpoint: a folder, or an id on the Hub. m3-tiny, a small one, by default."),
+        typer.Option(help="An M3 or any LLaVA: a folder, or an id on the Hub. m3-tiny, a small one, by default."),
+    ] = None,
+    quantize: Annotated[
+        Literal["nf4", "int8"] | None, typer.Option(help="The language model's layers in 4 or 8 bits, by bitsandbytes.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="Of the weights; as stored by default.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, tag or commit of the Hub's repository that --model names.")
     ] = None,
     num_visual_tokens: Annotated[
         int | None,
@@ -75,9 +91,7 @@ def ask(
     device: Annotated[
         str | None, typer.Option(help="Where to run: cpu, cuda, ..., auto for all there are. The GPU if there is one.")
     ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="Do not say what m3-tiny was trained on where it is asked by default.")
-    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Do not say what the checkpoint was trained on.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
     show_version: Annotated[
         bool,
@@ -93,13 +107,17 @@ def ask(
         _ask(
             image,
             prompt,
-            model or str(modeling_m3.default_checkpoint()),
+            lambda: find(model or modeling_m3.default_checkpoint(), quantize=quantize, dtype=dtype, revision=revision),
             num_visual_tokens,
             compare,
             max_new_tokens,
             device,
+            quiet,
         )
-    except (ValueError, OSError, SafetensorError) as error:
+    except KeyboardInterrupt as stop:
+        print("m3-ask: stopped, nothing was written", file=sys.stderr)
+        raise typer.Exit(128 + stop.args[0]) from stop
+    except (ValueError, OSError, SafetensorError, NotImplementedError) as error:
         if debug:
             raise
         print(f"m3-ask: {' '.join(str(error).split())}", file=sys.stderr)
@@ -109,21 +127,22 @@ def ask(
 def _ask(
     image: str,
     prompt: str,
-    model_name: str,
+    find_checkpoint: Callable[[], M3Checkpoint],
     num_visual_tokens: int | None,
     compare: bool,
     max_new_tokens: int,
     device: str | None,
+    quiet: bool,
 ) -> None:
     picture = _open_picture(image)
-    _check_checkpoint(model_name)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    processor = AutoProcessor.from_pretrained(model_name)
+    checkpoint = find_checkpoint()  # after what is quick to refuse
+    processor = AutoProcessor.from_pretrained(checkpoint.name, **checkpoint.processor_arguments)
     content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
-    as_text = {"sanitize_control_tokens": True} if MAKES_TEXT_PLAIN else {}
     written = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.content in prompt]
-    if written and not as_text:
+    as_text = {"sanitize_control_tokens": True} if written else {}
+    if written and not MAKES_TEXT_PLAIN:
         raise ValueError(
             f"The question holds {written[0]}, which is no text to a checkpoint: transformers 5.24 can ask it as text."
         )
@@ -141,7 +160,12 @@ def _ask(
 
     inputs = prepare(num_visual_tokens)  # refuses a wrong number before the weights are loaded
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForImageTextToText.from_pretrained(model_name, dtype="auto", device_map=device)
+    model = AutoModelForImageTextToText.from_pretrained(
+        checkpoint.name, **checkpoint.model_arguments, device_map=device
+    )
+    trained, asked = model.config.trained_scales, {int(scale) for scale in inputs["num_visual_tokens"]}
+    if trained is not None and not quiet and not asked <= {*trained}:
+        print(f"m3-ask: {NOT_TRAINED.format(', '.join(map(str, trained)))}", file=sys.stderr)
 
     def answer(
         inputs: Any, show: bool, max_new_tokens: int = max_new_tokens, **images: Any
@@ -183,17 +207,11 @@ def _open_picture(image: str) -> Image.Image:
         raise ValueError(f"Cannot load {image}: {error}") from error
 
 
-def _check_checkpoint(name: str) -> None:
-    """Says what a folder is that this command cannot use. Anything that is not a folder may be an id on the Hub."""
-    folder = Path(name)
-    if not folder.is_dir():
-        if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
-            raise ValueError(f"There is no folder {name}.")
-        return
-    check_checkpoint(folder)
-
-
 def main() -> None:
+    notices = StreamHandler()
+    notices.setFormatter(Formatter("m3-ask: %(message)s"))
+    for package in (modeling_m3.__name__, "m3_conversion"):
+        getLogger(package).addHandler(notices)
     app(prog_name="m3-ask")
 
 

@@ -58,6 +58,8 @@ class M3LlavaConfig(PreTrainedConfig):
         visual_token_scales (`list[int]`, *optional*):
             The numbers of visual tokens a tile can be reduced to. For CLIP-ViT-L/14-336 `[1, 9, 36, 144, 576]`
             (paper section 4.1); may be widened with any `(side / k) ** 2` that the grid of patches has.
+        trained_scales (`list[int]`, *optional*):
+            Those of them that it was trained at, which it answers best at; `None` where that is not known.
         visual_token_sampling (`"average"`, `"spatial"` or `"sequential"`, *optional*, defaults to `"average"`):
             How a tile is reduced: the method, or one of the training-free baselines of paper Table 4.
         patch_merge_type (`"flat"`, `"spatial"` or `"spatial_unpad"`, *optional*, defaults to `"flat"`):
@@ -83,6 +85,7 @@ class M3LlavaConfig(PreTrainedConfig):
     multimodal_projector_bias: bool = True
     multimodal_projector_depth: int = 2
     visual_token_scales: list[int] | None = None
+    trained_scales: list[int] | None = None
     visual_token_sampling: str = "average"
     patch_merge_type: str = "flat"
     image_grid_pinpoints: list | tuple | None = None

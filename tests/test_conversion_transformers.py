@@ -180,7 +180,14 @@ def test_token_ids_are_those_of_its_own_tokenizer(pieces, tokenizers):
 
 @pytest.mark.parametrize(
     ("size", "agree"),
-    [((400, 266), True), ((266, 400), True), ((20, 200), True), ((300, 300), True), ((56, 56), False), ((30, 20), False)],
+    [
+        ((400, 266), True),
+        ((266, 400), True),
+        ((20, 200), True),
+        ((300, 300), True),
+        ((56, 56), False),
+        ((30, 20), False),
+    ],
 )
 def test_tiling(size, agree, tmp_path):
     """The original's where it is not said otherwise. transformers reads its resolutions the other way round, which matters

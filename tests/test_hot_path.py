@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import tiny_config
 from PIL import Image
+from test_objective import before_each_call
 from test_processing import PROMPT, tiny_processor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -102,7 +103,7 @@ def test_training_prompts_are_cut_before_the_language_model_runs():
     inputs = peers.make_inputs(model, batch=2)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
     with Waits() as noted:
-        model.model.language_model.register_forward_pre_hook(lambda *_: noted.found.append("language model"))
+        before_each_call(model.model.language_model, lambda: noted.found.append("language model"))
         model(**inputs, labels=labels, matryoshka_scales=[1, 9, 36]).loss.backward()
     start = noted.found.index("language model")
     before, after = noted.found[:start], noted.found[start:]

@@ -39,6 +39,7 @@ def export(
         source = local_folder(model_arguments.model_name_or_path, weights=False)
         config = M3LlavaConfig.from_pretrained(source)
         config.architectures = [M3LlavaForConditionalGeneration.__name__]
+        config.trained_scales = trainer.scales
         card = model_card(
             Path(trainer.args.output_dir).resolve().name,
             model_arguments.model_name_or_path,

@@ -1,0 +1,163 @@
+"""Any LLaVA as an M3, loaded: a checkpoint that is none yet is converted first, once, and kept.
+
+Not part of a checkpoint: no file that travels with one imports this. It imports the conversion when it has to convert.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from huggingface_hub import hf_hub_download
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+from .cache import FORMAT, cache_folder, converted_once, place_for, revision_of
+from .configuration_m3 import M3LlavaConfig
+
+
+if TYPE_CHECKING:
+    from .modeling_m3 import M3LlavaForConditionalGeneration
+    from .processing_m3 import M3LlavaProcessor
+
+
+logger = logging.getLogger(__name__)
+
+Quantization = Literal["nf4", "int8"]
+
+
+@dataclass(frozen=True)
+class M3Checkpoint:
+    """An M3 checkpoint to load, and how.
+
+    Attributes:
+        name: a folder, or a Hub id.
+        model_arguments: of `from_pretrained` for the model.
+        processor_arguments: of `from_pretrained` for the processor.
+    """
+
+    name: str
+    model_arguments: dict[str, Any]
+    processor_arguments: dict[str, Any]
+
+
+def load(
+    name: str | Path,
+    *,
+    quantize: Quantization | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> tuple["M3LlavaForConditionalGeneration", "M3LlavaProcessor"]:
+    """The model and the processor of a checkpoint: an M3, or any LLaVA that `m3-convert` converts.
+
+    What is no M3 is converted once into a cache beside the Hub's, `cache_folder()`, and found there by its revision.
+
+    Args:
+        name: a folder or a Hub id.
+        quantize: the language model's layers in 4 bits ("nf4") or 8 ("int8").
+        dtype: of the weights, as "bfloat16" or `torch.bfloat16`; as they are stored by default.
+        revision: a branch, tag or commit of the Hub's repository.
+        kwargs: of the model's `from_pretrained`, such as `device_map` or `attn_implementation`.
+
+    Raises:
+        ValueError: it is nothing that can be loaded or converted, or is neither here nor on the Hub.
+        OSError: a file that cannot be read or written.
+    """
+    checkpoint = find(name, quantize=quantize, dtype=dtype, revision=revision)
+    processor = AutoProcessor.from_pretrained(checkpoint.name, **checkpoint.processor_arguments)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint.name, **checkpoint.model_arguments, **kwargs)
+    return model, processor
+
+
+def find(
+    name: str | Path,
+    *,
+    quantize: Quantization | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+) -> M3Checkpoint:
+    """As `load`, but for the loading: converts where it has to."""
+    dtype = _type(dtype)
+    if Path(name).is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"revision={revision!r} is of a repository on the Hub, but {name} is a folder: leave it out."
+            )
+        config_file, commit = Path(name) / "config.json", None
+    else:
+        config_file = _config_on_the_hub(str(name), revision)
+        commit = config_file.parent.name  # of the snapshot, which the Hub's cache has by commit
+    model_arguments: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
+    if _model_type(config_file) == M3LlavaConfig.model_type:
+        if quantize is not None:
+            model_arguments["quantization_config"] = _quantization(quantize, dtype)
+        at = {} if commit is None else {"revision": commit}
+        return M3Checkpoint(str(name), {**model_arguments, **at}, at)
+
+    from m3_conversion.convert import convert
+    from m3_conversion.signals import handling_signals
+
+    precision = quantize or ("as-stored" if dtype is None else str(dtype).removeprefix("torch."))
+    if quantize is not None and dtype is not None:
+        precision += "-" + str(dtype).removeprefix("torch.")
+    from . import __version__
+
+    folder = Path(name) if commit is None else None
+    called = str(name) if folder is None else folder.resolve().name
+    place = place_for(called, commit or revision_of(folder), f"{precision}-{__version__}-{FORMAT}")
+
+    def write(destination: Path) -> None:
+        logger.warning("%s is no M3 yet: it is converted once, and kept in %s", name, cache_folder())
+        with handling_signals(_stop):  # so that nothing half-written is left
+            written = convert(name, destination, revision=commit, dtype=dtype, quantize=quantize)
+        logger.warning("%s", written)
+
+    return M3Checkpoint(str(converted_once(place, write)), model_arguments, {})
+
+
+def _stop(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt(signum)
+
+
+def _config_on_the_hub(name: str, revision: str | None) -> Path:
+    from m3_conversion.original import ConversionError, is_hub_id
+
+    if not is_hub_id(name):
+        raise ValueError(f"There is no folder {name}, and it is no Hub id.")
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        at = "" if revision is None else f" (revision {revision})"
+        raise ConversionError(f"{name}{at} is neither a folder here nor reachable on the Hub: {reason}") from error
+
+
+def _model_type(config_file: Path) -> str | None:
+    """None where there is no configuration, as in the folder of an adapter: the conversion says what that is."""
+    if not config_file.is_file():
+        raise ValueError(f"{config_file.parent} is not a checkpoint: it has no config.json.")
+    try:
+        return json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    except ValueError as error:
+        raise ValueError(f"{config_file} is not valid JSON: {error}") from error
+
+
+def _type(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} must be float32, float16 or bfloat16.")
+    return found
+
+
+def _quantization(quantize: Quantization, dtype: torch.dtype | None) -> BitsAndBytesConfig:
+    if quantize not in ("nf4", "int8"):
+        raise ValueError(f"quantize={quantize!r} must be 'nf4' or 'int8'.")
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype or torch.bfloat16
+    )

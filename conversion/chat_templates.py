@@ -10,8 +10,11 @@ marks, for `return_assistant_tokens_mask`.
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def choose_chat_template(model_type: str, name_hint: str) -> str:

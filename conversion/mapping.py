@@ -247,6 +247,8 @@ def _pattern(template: str) -> str:
 
 def _text_config(original: dict[str, Any], source: str) -> dict[str, Any]:
     model_type = original.get("model_type")
+    if model_type == "m3_llava":
+        raise ConversionError(f"{source}: model_type {model_type!r}: it is an M3 already, which loads as it is")
     if "text_config" in original:
         raise ConversionError(
             f"{source}: model_type {model_type!r} is no LLaVA: the original's and transformers' LLaVA and LLaVA-NeXT convert"

@@ -104,10 +104,11 @@ def ask(
     if model is None and not quiet:
         print(f"m3-ask: {M3_TINY}", file=sys.stderr)
     try:
+        name = model or modeling_m3.default_checkpoint()
         _ask(
             image,
             prompt,
-            lambda: find(model or modeling_m3.default_checkpoint(), quantize=quantize, dtype=dtype, revision=revision),
+            lambda: find(name, quantize=quantize, dtype=dtype, revision=revision),
             num_visual_tokens,
             compare,
             max_new_tokens,

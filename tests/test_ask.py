@@ -73,12 +73,12 @@ def test_what_is_wrong_is_said_in_one_line(arguments, message, converted):
 
 
 @pytest.mark.parametrize(("model", "message"), [
-    (GOLDENS / "llava15-m3", "original LLaVA checkpoint; convert it first: m3-convert"),
     (GOLDENS / "images", "no config.json"),
-    (GOLDENS / "openai" / "clip-vit-tiny-patch14-336", "its model_type is 'clip'"),
+    (GOLDENS / "openai" / "clip-vit-tiny-patch14-336", "model_type 'clip' is no LLaVA"),
     ("./nothing", "There is no folder ./nothing"),
 ])  # fmt: skip
-def test_a_folder_that_is_no_m3_checkpoint(model, message):
+def test_a_folder_that_is_no_checkpoint(model, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     result = run(PICTURE, "?", "--model", model)
     assert result.exit_code == 1
     assert re.fullmatch(rf"m3-ask: .*{re.escape(message)}.*\n", result.stderr)

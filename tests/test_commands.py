@@ -21,6 +21,7 @@ RUN = f"--model_name_or_path {{demo}} --data_path {RECORDS} --image_folder {GOLD
 COMMANDS = {
     "m3-convert": (f"m3-convert {GOLDENS / 'llava15-m3'} new", "new/model.safetensors"),
     "m3-ask": (f"m3-ask {PICTURE} Hello --model {{demo}} --max-new-tokens 2", None),
+    "m3-cache": ("m3-cache list", None),  # what it does is in test_load.py
     "m3-train": (f"m3-train {RUN} --output_dir alone", "alone/final/model.safetensors"),
     "accelerate": (
         f"accelerate launch --cpu --num_processes 1 -m m3_training.finetune {RUN} --output_dir by-accelerate",

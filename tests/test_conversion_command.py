@@ -58,7 +58,7 @@ class TestCommand:
         local = tmp_path / "cache"
         local.mkdir()
 
-        def download(name, allow_patterns):
+        def download(name, revision, allow_patterns):
             for file in (file for pattern in allow_patterns for file in hub.glob(pattern)):
                 shutil.copy(file, local)
             return str(local)

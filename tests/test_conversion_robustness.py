@@ -182,7 +182,6 @@ DAMAGES = {
     "MPT": (config(model_type="llava_mpt"), ["llava_mpt", "MPT"]),
     "another model": (config(model_type="qwen2"), ["qwen2", "llava_llama"]),
     "no model type": (config(model_type=...), ["model_type"]),
-    "already of transformers": (config(model_type="llava", text_config={}), ["text_config", "original"]),
     "already converted": (config(model_type="m3_llava", text_config={}), ["m3_llava"]),
     "quantized": (config(quantization_config={"bits": 4}), ["quantization_config"]),
     "odd projector": (config(mm_projector_type="cabstract"), ["mm_projector_type", "cabstract"]),

@@ -12,6 +12,10 @@ from conftest import commands_on_path
 from safetensors.torch import load_file
 from test_training_finetune import arguments, losses, records
 
+from m3_training import stopping
+from m3_training.finetune import main
+from m3_training.trainer import M3Trainer
+
 
 NUMBERS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
@@ -65,7 +69,7 @@ def run(converted, tmp_path):
     """The command line of a run of eight steps."""
     (tmp_path / "data.json").write_text(json.dumps(records(8)))
     settings = {"data_path": tmp_path / "data.json", "num_train_epochs": 2, "dataloader_num_workers": 1}
-    return lambda name, **more: arguments(converted["llava15-m3"], tmp_path / name, **settings, **more)
+    return lambda name, **more: arguments(converted["llava15-m3"], tmp_path / name, **(settings | more))
 
 
 # Slow steps, so that a signal finds the command at one.
@@ -91,52 +95,99 @@ def until(process, text):
     return "".join(lines)
 
 
-def test_a_run_ends_with_a_checkpoint_that_the_same_command_goes_on_from(run, tmp_path):
+def test_a_run_ends_with_a_checkpoint_though_its_workers_get_the_signal_too(run, tmp_path):
     process = start([sys.executable, "-c", SLOW, *run("out")], start_new_session=True)
     until(process, "at a step 2")
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: workers that read data get it, too
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
     _, error = process.communicate(timeout=120)
-    *_, last = error.strip().splitlines()
-    checkpoint = tmp_path / "out" / "checkpoint-3"
     assert process.returncode == 130
     assert "Traceback" not in error
-    assert last == f"m3-train: stopped after step 3: the same command goes on from {checkpoint}"
-    assert not (tmp_path / "out" / "final").exists()
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    assert (
+        error.strip().splitlines()[-1] == f"m3-train: stopped after step 3: the same command goes on from {checkpoint}"
+    )
+    assert (checkpoint / "trainer_state.json").is_file()
 
+
+# In this process, which sends itself the signals
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Has something done while a run is at a step."""
+
+    step = M3Trainer.training_step
+
+    def set_up(number, action):
+        def training_step(self, *arguments, **options):
+            if self.state.global_step == number:
+                action()
+            return step(self, *arguments, **options)
+
+        monkeypatch.setattr(M3Trainer, "training_step", training_step)
+
+    return set_up
+
+
+def raise_signal(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+@NUMBERS
+def test_the_same_command_goes_on_where_it_was_stopped(number, run, at_step, tmp_path, capsys, caplog):
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    at_step(2, raise_signal(number))
+    settings = {"dataloader_num_workers": 0}
+    assert main(run("out", **settings)) == 128 + number
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    last = f"m3-train: stopped after step 3: the same command goes on from {checkpoint}"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == last
+    assert not (tmp_path / "out" / "final").exists()
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+    at_step(-1, None)
     for name in ("out", "unbroken"):
-        again = start(["m3-train", *run(name)])
-        _, error = again.communicate(timeout=120)
-        assert again.returncode == 0, error
-        assert (f"going on from {checkpoint}" in error) == (name == "out")
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert main(run(name, **settings)) == 0
+        assert (f"going on from {checkpoint}" in caplog.text) == (name == "out")
     assert losses(tmp_path / "out") == losses(tmp_path / "unbroken")
     weights, expected = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("out", "unbroken"))
     assert all((weights[name] == value).all() for name, value in expected.items())
 
 
-def test_a_second_ctrl_c_ends_it_at_once(run, tmp_path):
-    process = start([sys.executable, "-c", SLOW.replace("0.5", "5"), *run("out")])
-    until(process, "at a step 0")
-    process.send_signal(signal.SIGINT)
-    until(process, "stopping after this step")
-    process.send_signal(signal.SIGINT)  # too soon to be meant
-    time.sleep(1.1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+def test_a_second_ctrl_c_ends_it_at_once(run, at_step, tmp_path, capsys, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
+
+    def three_times():
+        nonlocal now
+        for later in (0, 0.5, 5):  # the second one comes too soon to be meant, as from a launcher
+            now = 100.0 + later
+            os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("it went on")
+
+    at_step(0, three_times)
+    assert main(run("out", dataloader_num_workers=0)) == 130
+    error = capsys.readouterr().err
     assert error.strip().splitlines()[-1].endswith("there is no checkpoint yet, and the same command begins anew")
-    assert "Traceback" not in error and not list((tmp_path / "out").glob("checkpoint-*"))
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
-def test_before_the_first_step(run):
-    script = SLOW.replace(
-        "sys.exit(",
-        "finetune.AutoProcessor.from_pretrained = lambda *a, **k: (print('here', file=sys.stderr), time.sleep(60))\nsys.exit(",
-    )
-    process = start([sys.executable, "-c", script, *run("out")])
-    until(process, "here")
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert (process.returncode, error.strip()) == (130, "m3-train: stopped before the first step")
+def test_before_the_first_step(run, monkeypatch, capsys):
+    monkeypatch.setattr("m3_training.finetune.set_seed", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(run("out")) == 143
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "m3-train: stopped before the first step"
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(run, at_step):
+    """As under nohup, and in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        at_step(0, raise_signal(signal.SIGINT))
+        assert main(run("out", max_steps=1, dataloader_num_workers=0)) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_two_processes_stop_at_the_same_step(run, tmp_path):
@@ -150,17 +201,3 @@ def test_two_processes_stop_at_the_same_step(run, tmp_path):
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     assert f"the same command goes on from {checkpoint}" in error
     assert (checkpoint / "trainer_state.json").is_file()
-
-
-def test_a_signal_that_was_ignored_at_the_start_stays_ignored(run):
-    """As under nohup, and in a shell's background."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *map(str, run("out", max_steps=2))],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    )
-    until(process, "at a step 0")
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
-    assert process.returncode == 0

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training_evaluation import evaluations
-from test_training_finetune import arguments, losses, records
+from test_training_finetune import arguments, evaluations, losses, records
 
 from m3_training.finetune import main
 

@@ -1,15 +1,12 @@
 """Validation data: the loss at every scale, of every record once, whoever computes it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import GOLDENS
-from test_training_finetune import PICTURES, arguments, losses, records
+from test_training_finetune import PICTURES, arguments, evaluations, losses, records
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from m3_training.data import Collator, LlavaDataset
@@ -40,12 +37,6 @@ def evaluated(converted, tmp_path_factory):
     run = arguments(converted["llava15-m3"], folder / "one", **settings, per_device_eval_batch_size=3)
     assert main(run) == 0
     return settings, folder / "one"
-
-
-def evaluations(output):
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    names = ("step", "eval_loss", "eval_loss_at_1", "eval_loss_at_9")
-    return [[entry[name] for name in names] for entry in history if "eval_loss" in entry]
 
 
 def test_it_is_the_average_over_all_tokens_of_the_good_records(evaluated):
@@ -83,20 +74,6 @@ def test_it_leaves_training_as_it_is(evaluated, converted, tmp_path):
     names = ("loss", "loss_at_1", "loss_at_9", "grad_norm")
     found, expected = ([[entry[name] for name in names] for entry in losses(o)] for o in (output, tmp_path / "out"))
     assert found == expected
-
-
-def test_two_processes_count_every_record_once(evaluated, converted, tmp_path):
-    """Five records, one of them bad, in batches of two on two processes."""
-    settings, output = evaluated
-    run = arguments(converted["llava15-m3"], tmp_path / "two", **settings, per_device_eval_batch_size=2)
-    run[run.index("--per_device_train_batch_size") + 1] = "1"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "m3_training.finetune"]
-    result = subprocess.run(
-        [sys.executable, *launch, *run], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    for found, expected in zip(evaluations(tmp_path / "two"), evaluations(output), strict=True):
-        assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_bad_records_are_named_and_counted(evaluated, converted, tmp_path, caplog):

@@ -58,6 +58,12 @@ def losses(output):
     return [entry for entry in history if "loss" in entry]
 
 
+def evaluations(output):
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    names = ("step", "eval_loss", "eval_loss_at_1", "eval_loss_at_9")
+    return [[entry[name] for name in names] for entry in history if "eval_loss" in entry]
+
+
 class Watch(TrainerCallback):
     """Keeps the model of a run, and fails after a step, as a killed run would."""
 
@@ -189,7 +195,8 @@ def test_the_final_folder_is_as_conversion_writes_it(anyres_run, converted, capl
     assert {file.name for file in final.iterdir()} == {file.name for file in converted["llava-next-m3"].iterdir()}
     assert not list(final.parent.glob(".final*"))
     for name in ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json"):
-        assert json.loads((final / name).read_text()) == json.loads((source / name).read_text()), name
+        expected = json.loads((source / name).read_text()) | ({"trained_scales": [9]} if name == "config.json" else {})
+        assert json.loads((final / name).read_text()) == expected, name
     assert (final / "chat_template.jinja").read_text() == (source / "chat_template.jinja").read_text()
     changed = set()
     with safe_open(final / "model.safetensors", "pt") as after, safe_open(source / "model.safetensors", "pt") as before:
@@ -271,7 +278,10 @@ def one_process(converted, tmp_path_factory):
     """The arguments of a run, but for output and batch, and the folder that one process wrote."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "data.json").write_text(json.dumps(records(4, 2)))
+    bad = {**records(1)[0], "id": "bad", "image": "none.png"}
+    (folder / "held-out.json").write_text(json.dumps([bad, *records(1, 3)]))
     settings = {"data_path": folder / "data.json", "num_train_epochs": 1, "learning_rate": 1e-3}
+    settings |= {"eval_data_path": folder / "held-out.json", "per_device_eval_batch_size": 2}
     assert main(arguments(converted["llava15-m3"], folder / "one", per_device_train_batch_size=2, **settings)) == 0
     return settings, folder / "one"
 
@@ -300,6 +310,8 @@ def test_two_processes_have_the_losses_and_weights_of_one(way, one_process, conv
     assert len(expected) == 3
     for name in ("loss", "loss_at_1", "loss_at_9", "grad_norm"):
         assert [entry[name] for entry in found] == pytest.approx([entry[name] for entry in expected], rel=1e-4)
+    (found,), (expected,) = evaluations(tmp_path / "two"), evaluations(one)  # five records, one bad, each counted once
+    assert found == pytest.approx(expected, rel=1e-4)
     weights, expected_weights = (
         load_file(folder / "final" / "model.safetensors") for folder in (tmp_path / "two", one)
     )

@@ -94,11 +94,10 @@ def test_two_gpus_in_one_process_are_refused_with_the_line_that_starts_two(run, 
 @pytest.mark.parametrize("options", [
     "--gradient_checkpointing",
     '--gradient_checkpointing --gradient_checkpointing_kwargs {"use_reentrant":true}',
-    "--torch_compile_backend aot_eager",
+    "--torch_compile_backend eager",
     "--use_cache true",
     "--full_determinism",
     "--max_grad_norm 0",
-    "--dataloader_num_workers 1 --dataloader_persistent_workers --dataloader_prefetch_factor 1",
     "--average_tokens_across_devices false",
     "--ddp_find_unused_parameters true --remove_unused_columns true --label_names answer --include_num_input_tokens_seen true",
 ])  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from safetensors import SafetensorError, safe_open
 
 
@@ -28,6 +28,7 @@ WEIGHT_FILES = (
 # What LLaVA's training writes in the place of a model: adapters, what was trained beside them, a projector.
 PROJECTOR_FILE = "mm_projector.bin"
 _SMALL_WEIGHTS = ("adapter_model.*", "non_lora_trainables.bin", PROJECTOR_FILE)
+_LARGE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # many repositories hold both
 _POINTER = "version https://git-lfs"  # how a file of Git LFS begins where its content was not fetched
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -130,14 +131,23 @@ def local_folder(name: str | Path, *, weights: bool = True, revision: str | None
     try:
         small = ["*.json", "*.model", "README.md", *_SMALL_WEIGHTS]
         folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=small))
-        for pattern in ("model*.safetensors", "pytorch_model*.bin") if weights else ():
+        for pattern in _LARGE_WEIGHTS if weights else ():
             snapshot_download(str(name), revision=revision, allow_patterns=[pattern])
             if any(folder.glob(pattern)):
-                break  # many repositories hold both
+                break
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConversionError(f"{name} is neither a folder here nor reachable on the Hub: {reason}") from error
     return folder
+
+
+def weights_to_download(name: str, revision: str) -> int:
+    """Bytes of the weights that `local_folder` would download of a Hub repository's commit."""
+    for pattern in () if constants.HF_HUB_OFFLINE else _LARGE_WEIGHTS:
+        files = snapshot_download(name, revision=revision, allow_patterns=[pattern], dry_run=True)
+        if files:
+            return sum(file.file_size for file in files if file.will_download)
+    return 0
 
 
 def read_json(file: Path) -> dict[str, Any]:

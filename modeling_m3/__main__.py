@@ -138,7 +138,10 @@ def _ask(
     picture = _open_picture(image)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    checkpoint = find_checkpoint()  # after what is quick to refuse
+    from m3_conversion.signals import handling_signals  # the conversion is imported when it may be needed
+
+    with handling_signals(_interrupt):  # so that a conversion leaves nothing half-written
+        checkpoint = find_checkpoint()
     processor = AutoProcessor.from_pretrained(checkpoint.name, **checkpoint.processor_arguments)
     content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
     written = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.content in prompt]
@@ -192,6 +195,10 @@ def _ask(
         streamer, first, total = answer(inputs, show=False, encoded_images=encoded)
         row = f"{tokens:>13}  {first:>9.3f} s  {total:>4.3f} s  "
         print(row + textwrap.fill(" ".join(streamer.text.split()), 80).replace("\n", "\n" + " " * len(row)))
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt(signum)
 
 
 def _open_picture(image: str) -> Image.Image:

@@ -5,12 +5,13 @@ Not part of a checkpoint: no file that travels with one imports this. It imports
 
 import json
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from .cache import FORMAT, cache_folder, converted_once, place_for, revision_of
@@ -97,7 +98,6 @@ def find(
         return M3Checkpoint(str(name), {**model_arguments, **at}, at)
 
     from m3_conversion.convert import convert
-    from m3_conversion.signals import handling_signals
 
     precision = quantize or ("as-stored" if dtype is None else str(dtype).removeprefix("torch."))
     if quantize is not None and dtype is not None:
@@ -109,16 +109,28 @@ def find(
     place = place_for(called, commit or revision_of(folder), f"{precision}-{__version__}-{FORMAT}")
 
     def write(destination: Path) -> None:
-        logger.warning("%s is no M3 yet: it is converted once, and kept in %s", name, cache_folder())
-        with handling_signals(_stop):  # so that nothing half-written is left
-            written = convert(name, destination, revision=commit, dtype=dtype, quantize=quantize)
-        logger.warning("%s", written)
+        download = 0 if commit is None else _check_room(str(name), commit)
+        first = f"{download / 1e9:.1f} GB are downloaded, then " if download else ""
+        logger.warning("%s is no M3 yet: %sit is converted once, and kept in %s", name, first, cache_folder())
+        logger.warning("%s", convert(name, destination, revision=commit, dtype=dtype, quantize=quantize))
 
     return M3Checkpoint(str(converted_once(place, write)), model_arguments, {})
 
 
-def _stop(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt(signum)
+def _check_room(name: str, commit: str) -> int:
+    """How many bytes of weights there are to download. Raises `ValueError` where the disk has not room for them."""
+    from m3_conversion.original import weights_to_download
+
+    nbytes, free = weights_to_download(name, commit), shutil.disk_usage(_existing(Path(constants.HF_HUB_CACHE))).free
+    if nbytes > free:
+        raise ValueError(
+            f"{name} is {nbytes / 1e9:.1f} GB to download, but {free / 1e9:.1f} GB are free in {constants.HF_HUB_CACHE}"
+        )
+    return nbytes
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def _config_on_the_hub(name: str, revision: str | None) -> Path:
@@ -135,7 +147,6 @@ def _config_on_the_hub(name: str, revision: str | None) -> Path:
 
 
 def _model_type(config_file: Path) -> str | None:
-    """None where there is no configuration, as in the folder of an adapter: the conversion says what that is."""
     if not config_file.is_file():
         raise ValueError(f"{config_file.parent} is not a checkpoint: it has no config.json.")
     try:

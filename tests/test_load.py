@@ -171,7 +171,9 @@ def answer(home, caplog):
 def test_from_the_hub_to_an_answer_and_a_revision_that_moves(hub, home, answer, monkeypatch):
     status, first, lines = answer("--model", NAME)
     assert status == 0, lines
-    assert f"{NAME} is no M3 yet: it is converted once, and kept in {home / 'm3'}" in lines[0]
+    assert (
+        f"{NAME} is no M3 yet: 0.0 GB are downloaded, then it is converted once, and kept in {home / 'm3'}" in lines[0]
+    )
     assert " tensors, " in lines[-1]
     assert answer("--model", NAME) == (0, first, [])
 
@@ -188,6 +190,14 @@ def test_from_the_hub_to_an_answer_and_a_revision_that_moves(hub, home, answer, 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "empty"))
     status, _, lines = answer("--model", NAME)
     assert status == 1 and len(lines) == 1 and f"{NAME} is neither a folder here nor reachable on the Hub" in lines[0]
+
+
+def test_room_is_looked_for_before_a_download(hub, home, answer, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 10, 10))
+    status, _, lines = answer("--model", NAME)
+    assert status == 1
+    assert lines == [f"{NAME} is 0.0 GB to download, but 0.0 GB are free in {home / 'hub'}"]
+    assert not list(home.glob("hub/**/*.bin"))
 
 
 def test_a_plain_llava_says_that_it_was_trained_at_one_number(hub, answer):
@@ -222,7 +232,7 @@ def test_two_processes_convert_once(hub, home):
     assert [status for *_, status in found] == [0, 0], found
     assert found[0][0] == found[1][0]
     said = "".join(error for _, error, _ in found)
-    assert said.count("is no M3 yet: it is converted once") == 1
+    assert said.count("is no M3 yet") == 1
     assert len(cached_checkpoints()) == len(folders()) == 1
 
 

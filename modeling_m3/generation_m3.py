@@ -77,9 +77,7 @@ class M3LlavaGenerationMixin(GenerationMixin):
         length = int(_length_of_cache(kwargs))
         if input_ids is not None and length > 0 and not is_assistant:  # which is called anew for every draft
             kwargs = self._without_cached_images(input_ids, length, kwargs)
-        if (
-            draws_on is not None
-        ):  # what this model sees is not what the assistant would: each encodes the images by itself
+        if draws_on is not None:  # what this model sees is not what its assistant would: each encodes by itself
             images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
             own = {"image": _encode(self, images)} if images.get("pixel_values") is not None else {}
             kwargs["mm_encoder_outputs"] = {**own, "assistant": draws_on}

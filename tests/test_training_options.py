@@ -68,6 +68,7 @@ def run(converted, tmp_path, capsys):
         ("--hub_strategy end", "is refused: the folder that is for the Hub"),
         ("--optim lomo", "optim='lomo' is refused"),
         ("--optim galore_adamw --optim_target_modules all", "is refused"),
+        ("--optim stable_adamw", "You need to install `torch-optimi`"),
         ("--optim adamw_torch_xla", "optim='adamw_torch_xla' is refused"),
         ("--train_sampling_strategy group_by_length", "batches are made by group_by_modality_length"),
         ("--train_sampling_strategy group_by_length --group_by_modality_length false", "'group_by_length' is refused"),

@@ -77,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             final = _train(trainer, *parsed[:2], stopper)
         except BadSampleError as error:
             return _fail(str(error).splitlines()[-1])  # what comes before, from a worker, is its traceback
+        except ImportError as error:  # of what an optimizer needs, which is made as training begins
+            return _fail(" ".join(str(error).split()))
         except KeyboardInterrupt as stop:
             return _stopped(trainer, stop.args[0])
         if final is None:

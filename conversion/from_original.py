@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from modeling_m3 import M3LlavaConfig, M3LlavaImageProcessorPil, M3LlavaProcessor
+from modeling_m3 import M3LlavaConfig, M3LlavaProcessor
 
 from .chat_templates import chat_template_for, choose_chat_template
 from .lora import is_adapter, merged_tensors
@@ -29,7 +29,7 @@ from .original import (
     stored_tensors,
     unwrapped,
 )
-from .source import Source, generation_config, naming
+from .source import Source, build_processor, generation_config, naming
 from .tokenizer import build_tokenizer
 from .vision import VisionTower, find_vision_tower
 
@@ -101,20 +101,8 @@ def _processor(
     template = chat_template_for(tokenizer, chat_template)
     if original.get("mm_use_im_start_end"):
         template = template.replace("<image>", "<im_start><image><im_end>")
-    image_processor = M3LlavaImageProcessorPil(
-        do_pad=original.get("image_aspect_ratio") == "pad",
-        image_grid_pinpoints=config.image_grid_pinpoints,
-        **vision.preprocessing,
-    )
-    return M3LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=config.vision_config.patch_size,
-        visual_token_scales=config.visual_token_scales,
-        patch_merge_type=config.patch_merge_type,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=template,
-    )
+    do_pad = original.get("image_aspect_ratio") == "pad"
+    return build_processor(config, tokenizer, template, do_pad=do_pad, **vision.preprocessing)
 
 
 def _base(folder: Path, model_base: str | Path | None) -> tuple[Path, dict[str, StoredTensor]]:

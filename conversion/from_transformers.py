@@ -5,14 +5,14 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modeling_m3 import M3LlavaConfig, M3LlavaImageProcessorPil, M3LlavaProcessor
+from modeling_m3 import M3LlavaConfig
 from modeling_m3.visual_tokens import check_pinpoints
 
 from .chat_templates import chat_template_for, choose_chat_template
 from .lora import merge_adapter
 from .mapping import TRANSFORMERS_KEYS, VOCABULARY_NAMES, remap_key
 from .original import ConversionError, StoredTensor, check_content, read_json, stored_tensors, unwrapped
-from .source import Source, generation_config, naming
+from .source import Source, build_processor, generation_config, naming
 from .vision import preprocessing_arguments
 
 
@@ -77,19 +77,9 @@ def read_transformers(
         own = AutoProcessor.from_pretrained(folder)
         tokenizer = _tokenizer(own.tokenizer, config, config_file)
         template = None if chat_template else getattr(own, "chat_template", None) or own.tokenizer.chat_template
-        if not isinstance(template, str):  # before 4.43 they had none
+        if not isinstance(template, str):  # old releases stored none
             template = chat_template_for(tokenizer, chat_template or _chosen(config, name))
-        processor = M3LlavaProcessor(
-            image_processor=M3LlavaImageProcessorPil(
-                **{"do_pad": False, **_preprocessing(folder, config), "image_grid_pinpoints": pinpoints}
-            ),
-            tokenizer=tokenizer,
-            patch_size=config.vision_config.patch_size,
-            visual_token_scales=config.visual_token_scales,
-            patch_merge_type=config.patch_merge_type,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            chat_template=template,
-        )
+        processor = build_processor(config, tokenizer, template, **{"do_pad": False, **_preprocessing(folder, config)})
     return Source(
         config=config,
         tensors=[(tensors, table)],

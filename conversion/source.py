@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from modeling_m3 import M3LlavaConfig, M3LlavaProcessor
+from modeling_m3 import M3LlavaConfig, M3LlavaImageProcessorPil, M3LlavaProcessor
 
 from .original import ConversionError, StoredTensor, read_json
 
@@ -45,6 +45,21 @@ def naming(file: Path) -> Iterator[None]:
         text = " ".join(str(error).split())
         text = text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
         raise ConversionError(text if str(file) in text else f"{file}: {text}") from error
+
+
+def build_processor(
+    config: M3LlavaConfig, tokenizer: PreTrainedTokenizerBase, chat_template: str, **preprocessing: Any
+) -> M3LlavaProcessor:
+    """The processor of a checkpoint with such a configuration; `preprocessing` are the image processor's settings."""
+    return M3LlavaProcessor(
+        image_processor=M3LlavaImageProcessorPil(image_grid_pinpoints=config.image_grid_pinpoints, **preprocessing),
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        visual_token_scales=config.visual_token_scales,
+        patch_merge_type=config.patch_merge_type,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=chat_template,
+    )
 
 
 def generation_config(

@@ -3,7 +3,6 @@
 Not part of a checkpoint: no file that travels with one imports this. It imports the conversion when it has to convert.
 """
 
-import json
 import logging
 import shutil
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from huggingface_hub import constants, hf_hub_download
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from .cache import FORMAT, cache_folder, converted_once, place_for, revision_of
+from .checkpoint import read_config
 from .configuration_m3 import M3LlavaConfig
 
 
@@ -86,12 +86,12 @@ def find(
             raise ValueError(
                 f"revision={revision!r} is of a repository on the Hub, but {name} is a folder: leave it out."
             )
-        config_file, commit = Path(name) / "config.json", None
+        folder, commit = Path(name), None
     else:
-        config_file = _config_on_the_hub(str(name), revision)
-        commit = config_file.parent.name  # of the snapshot, which the Hub's cache has by commit
+        folder = _config_on_the_hub(str(name), revision).parent
+        commit = folder.name  # of the snapshot, which the Hub's cache has by commit
     model_arguments: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
-    if _model_type(config_file) == M3LlavaConfig.model_type:
+    if read_config(folder).get("model_type") == M3LlavaConfig.model_type:
         if quantize is not None:
             model_arguments["quantization_config"] = _quantization(quantize, dtype)
         at = {} if commit is None else {"revision": commit}
@@ -104,8 +104,7 @@ def find(
         precision += "-" + str(dtype).removeprefix("torch.")
     from . import __version__
 
-    folder = Path(name) if commit is None else None
-    called = str(name) if folder is None else folder.resolve().name
+    called = str(name) if commit is not None else folder.resolve().name
     place = place_for(called, commit or revision_of(folder), f"{precision}-{__version__}-{FORMAT}")
 
     def write(destination: Path) -> None:
@@ -144,15 +143,6 @@ def _config_on_the_hub(name: str, revision: str | None) -> Path:
         reason = str(error).strip().splitlines()[0]
         at = "" if revision is None else f" (revision {revision})"
         raise ConversionError(f"{name}{at} is neither a folder here nor reachable on the Hub: {reason}") from error
-
-
-def _model_type(config_file: Path) -> str | None:
-    if not config_file.is_file():
-        raise ValueError(f"{config_file.parent} is not a checkpoint: it has no config.json.")
-    try:
-        return json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-    except ValueError as error:
-        raise ValueError(f"{config_file} is not valid JSON: {error}") from error
 
 
 def _type(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -10,19 +10,24 @@ from typing import Any
 from .configuration_m3 import M3LlavaConfig
 
 
-def check_checkpoint(folder: Path) -> dict[str, Any]:
-    """The content of an M3 checkpoint's `config.json`.
-
-    Raises:
-        ValueError: the folder is no M3 checkpoint; for one that can be converted, by which command.
-    """
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a checkpoint's `config.json`. Raises `ValueError` where there is none, or it cannot be read."""
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} is not a checkpoint: it has no config.json.")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
+
+
+def check_checkpoint(folder: Path) -> dict[str, Any]:
+    """As `read_config`, of an M3 checkpoint.
+
+    Raises:
+        ValueError: the folder is no M3 checkpoint; for one that can be converted, by which command.
+    """
+    config = read_config(folder)
     if config.get("model_type") != M3LlavaConfig.model_type:
         hint = ""
         if "mm_vision_tower" in config:

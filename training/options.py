@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 
-# Tried: they do what transformers documents, or are of no consequence here.
+# They do what transformers documents, as was tried of what changes a run, or are of no consequence here.
 WORK = {
     *("output_dir", "num_train_epochs", "max_steps", "seed", "data_seed", "full_determinism", "use_cpu", "debug"),
     *("do_train", "do_eval", "do_predict", "local_rank", "skip_memory_metrics", "remove_unused_columns", "use_cache"),

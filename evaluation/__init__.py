@@ -1,0 +1,1 @@
+"""How many visual tokens does a data set need: benchmarks at every scale, and what their outcomes say."""

@@ -1,0 +1,170 @@
+"""A run folder: what `m3-eval` writes and `m3-analyze` reads.
+
+    RUN/run.json                   what was asked of which checkpoint: `Run`
+    RUN/tasks/NAME/samples.jsonl   one `Sample` per line
+    RUN/tasks/NAME/task.json       the task's metrics: `Task`. Written last, so a task without it is not complete
+    RUN/pictures/*.jpg             small copies of the samples' pictures
+
+Imports nothing heavy: reading a run needs no torch.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question, and what came of it at every scale; lists are in the order of `Run.scales`.
+
+    Attributes:
+        id: unique in its task, and the same in every run of it.
+        question: its text, without placeholders.
+        target: the right answer, or all that are accepted.
+        answers: at each scale.
+        scores: by metric, of each answer, as the task gives them.
+        visual_tokens: of all pictures in the prompt, at each scale.
+        text_tokens: of the rest of the prompt.
+        answer_tokens: the length of each answer.
+        pictures: small copies, relative to the run folder.
+        subset, kind: what the task says of the sample: which part of it it is in, and which kind of question it is.
+    """
+
+    id: str
+    question: str
+    target: str | list[str]
+    answers: list[str]
+    scores: dict[str, list[float]]
+    visual_tokens: list[int]
+    text_tokens: int
+    answer_tokens: list[int]
+    pictures: list[str] = field(default_factory=list)
+    subset: str | None = None
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a finished task measured.
+
+    Attributes:
+        name: as `m3-eval` was asked for it.
+        samples: how many.
+        metric: the one that is meant where none is named.
+        overall: by metric, the value that the task itself gives at each scale, in the order of `Run.scales`; for some (F1) it is no
+            mean of scores. None where the task gives none.
+        higher_is_better: by metric.
+    """
+
+    name: str
+    samples: int
+    metric: str
+    overall: dict[str, list[float] | None]
+    higher_is_better: dict[str, bool]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was asked of which checkpoint.
+
+    Attributes:
+        checkpoint: its name, as it was given.
+        fingerprint: of its files; runs of the same checkpoint have the same.
+        config: its config.json.
+        scales: visual tokens per tile, ascending.
+        tasks: names, in the order they were asked for.
+        settings: what else answers depend on: precision, sampling, pinpoints, limits, the data's fingerprint.
+        versions: of the packages that took part. Nothing is decided by them.
+    """
+
+    checkpoint: str
+    fingerprint: str
+    config: dict[str, Any]
+    scales: list[int]
+    tasks: list[str]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    format: int = FORMAT
+
+
+def read_run(folder: str | Path) -> Run:
+    """The run of a folder.
+
+    Raises:
+        ValueError: the folder is no run, one of another format, or one that is not complete.
+    """
+    folder = Path(folder)
+    stored = _read_json(folder / "run.json", f"{folder} is no run of m3-eval")
+    if stored.get("format") != FORMAT:
+        raise ValueError(f"{folder} is a run in format {stored.get('format')!r}; this release reads format {FORMAT}.")
+    run = Run(**{entry.name: stored[entry.name] for entry in fields(Run)})
+    missing = [name for name in run.tasks if not task_file(folder, name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} is not complete: {', '.join(missing)} not done. Run the same m3-eval command again, it goes on."
+        )
+    return run
+
+
+def read_task(folder: str | Path, name: str) -> Task:
+    stored = _read_json(task_file(folder, name), f"{folder} has no finished task {name!r}")
+    return Task(**stored)
+
+
+def read_samples(folder: str | Path, name: str) -> Iterator[Sample]:
+    """The samples of a finished task, in order.
+
+    Raises:
+        ValueError: for a line that is none; its number is given.
+    """
+    file = task_file(folder, name).with_name("samples.jsonl")
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield Sample(**json.loads(line))
+            except (json.JSONDecodeError, TypeError) as error:
+                raise ValueError(f"{file}, line {number} is no sample: {error}. Run m3-eval anew.") from error
+
+
+def write_run(folder: Path, run: Run) -> None:
+    write_json(folder / "run.json", asdict(run))
+
+
+def write_task(folder: Path, task: Task, samples: Iterable[Sample]) -> None:
+    """Writes a finished task: all of it, or nothing that `read_run` takes for one."""
+    file = task_file(folder, task.name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_name("samples.jsonl").open("w", encoding="utf-8") as lines:
+        for sample in samples:
+            lines.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
+    write_json(file, asdict(task))
+
+
+def task_file(folder: str | Path, name: str) -> Path:
+    return Path(folder) / "tasks" / name / "task.json"
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes a file that is whole or not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def _read_json(file: Path, otherwise: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"{otherwise}: there is no {file.name}.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no object.")
+    return content

@@ -192,6 +192,12 @@ class M3LlavaProcessor(ProcessorMixin):
             text = self._begin_once([text] if isinstance(text, str) else text, kwargs)
         return super().__call__(images=images, text=text, **kwargs)
 
+    def tokenize_prompts(self, prompts: list[str]) -> list[list[int]]:
+        """The token ids of prompts as a call makes them, but with one mark for each image in place of its placeholders."""
+        kwargs: dict[str, Any] = {}
+        prompts = self._begin_once(prompts, kwargs)
+        return self.tokenizer(prompts, **kwargs)["input_ids"]
+
     def _begin_once(self, prompts: list[str], kwargs: dict[str, Any]) -> list[str]:
         """Has every prompt begin with the tokenizer's first token once; the rest is tokenized as if it stood alone."""
         is_list = isinstance(prompts, (list, tuple)) and len(prompts) > 0

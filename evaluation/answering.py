@@ -1,0 +1,209 @@
+"""Answers questions about pictures at several numbers of visual tokens, and encodes every picture once for all of them.
+
+A picture is prepared and encoded alone, and kept, up to a number of bytes, for further questions about it. So what is answered
+does not depend on what was asked before: a run that goes on after it was stopped finds the same answers.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+
+from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaProcessor
+from modeling_m3.outputs_m3 import M3LlavaEncodedImages
+from modeling_m3.pictures import open_pictures
+from modeling_m3.visual_tokens import ImageLayout, check_num_visual_tokens, expand_placeholders
+
+
+KEPT_BYTES = 2 * 10**9
+
+Chat = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was answered at one scale.
+
+    Attributes:
+        text: without special tokens, and nothing around it.
+        visual_tokens: of all pictures in the prompt.
+        text_tokens: of the rest of the prompt.
+        answer_tokens: before the end of the turn.
+    """
+
+    text: str
+    visual_tokens: int
+    text_tokens: int
+    answer_tokens: int
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely a continuation is at one scale: the sum of its tokens' log-probabilities, and whether it is the greedy one."""
+
+    log_probability: float
+    is_greedy: bool
+    visual_tokens: int
+    text_tokens: int
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    ids: list[int]  # with one mark per picture
+    pictures: list[Any]
+    layouts: list[ImageLayout]
+    features: list[torch.Tensor]  # (all tiles, tokens per tile, d) of each picture
+    continuation: int = 0  # how many of the ids are to be judged
+
+    def visual_tokens(self, scale: int) -> int:
+        return sum(layout.count(scale) for layout in self.layouts)
+
+    def text_tokens(self) -> int:
+        return len(self.ids) - len(self.pictures) - self.continuation
+
+
+class Answerer:
+    """A model that is asked in batches.
+
+    Args:
+        model, processor: as `modeling_m3.load` returns them.
+        image_grid_pinpoints: (height, width) pairs that pictures are cut into tiles by; the checkpoint's by default.
+        visual_token_sampling: the checkpoint's by default.
+        kept_bytes: how many bytes of encoded pictures are kept in memory.
+    """
+
+    def __init__(
+        self,
+        model: M3LlavaForConditionalGeneration,
+        processor: M3LlavaProcessor,
+        image_grid_pinpoints: list[list[int]] | None = None,
+        visual_token_sampling: str | None = None,
+        kept_bytes: int = KEPT_BYTES,
+    ):
+        self.model, self.processor = model.eval(), processor
+        self.pinpoints = {} if image_grid_pinpoints is None else {"image_grid_pinpoints": image_grid_pinpoints}
+        self.sampling, self.kept_bytes = visual_token_sampling, kept_bytes
+        self.encodings = 0  # pictures that the vision tower saw
+        self._kept: OrderedDict[bytes, tuple[ImageLayout, torch.Tensor]] = OrderedDict()
+
+    def scales(self, wanted: Sequence[int] | None = None) -> list[int]:
+        """The scales to answer at, ascending; all that the checkpoint offers by default. Raises `ValueError` for others."""
+        offered = self.processor.visual_token_scales
+        return sorted(set(check_num_visual_tokens(list(wanted or offered), offered, len(wanted or offered))))
+
+    @torch.no_grad()
+    def answer(self, chats: Sequence[Chat], scales: Sequence[int], **generation: Any) -> list[list[Answer]]:
+        """Answers of one batch.
+
+        Args:
+            chats: messages of each prompt, as `apply_chat_template` takes them, with the pictures in them.
+            scales: visual tokens per tile.
+            generation: arguments of `generate`.
+
+        Returns:
+            For each chat, an answer at each scale.
+        """
+        prompts = [self._prompt(chat) for chat in chats]
+        ends = self.model.generation_config.eos_token_id
+        ends = {*(ends if isinstance(ends, list) else [ends]), self.processor.tokenizer.pad_token_id}
+        answers: list[list[Answer]] = [[] for _ in prompts]
+        for scale in scales:
+            rows = [torch.tensor(self._expanded(prompt, scale)) for prompt in prompts]
+            inputs = self._inputs(rows, "left")
+            images = self._images(prompts)
+            if images:
+                images |= {"num_visual_tokens": scale, "visual_token_sampling": self.sampling}
+            output = self.model.generate(**inputs, **images, **generation)[:, inputs["input_ids"].shape[1] :].tolist()
+            for prompt, row, found in zip(prompts, output, answers):
+                length = next((index for index, token in enumerate(row) if token in ends), len(row))
+                text = self.processor.decode(row, skip_special_tokens=True).strip()
+                found.append(Answer(text, prompt.visual_tokens(scale), prompt.text_tokens(), length))
+        return answers
+
+    @torch.no_grad()
+    def likelihoods(
+        self, chats: Sequence[Chat], continuations: Sequence[str], scales: Sequence[int]
+    ) -> list[list[Likelihood]]:
+        """How likely each continuation is as the answer to its chat, at each scale; shapes as in `answer`."""
+        prompts = [self._prompt(chat, continuation) for chat, continuation in zip(chats, continuations)]
+        found: list[list[Likelihood]] = [[] for _ in prompts]
+        for scale in scales:
+            rows = [torch.tensor(self._expanded(prompt, scale)) for prompt in prompts]
+            inputs, images = self._inputs(rows, "right"), self._images(prompts)
+            if images:
+                images |= {"num_visual_tokens": scale, "visual_token_sampling": self.sampling}
+            hidden = self.model.model(**inputs, **images, use_cache=False).last_hidden_state
+            for index, (prompt, row) in enumerate(zip(prompts, rows)):
+                wanted = row[len(row) - prompt.continuation :].to(hidden.device)
+                before = hidden[index, len(row) - prompt.continuation - 1 : len(row) - 1]
+                scores = self.model.lm_head(before).float().log_softmax(-1)
+                value = scores.gather(-1, wanted[:, None]).sum().item()
+                greedy = bool((scores.argmax(-1) == wanted).all())
+                found[index].append(Likelihood(value, greedy, prompt.visual_tokens(scale), prompt.text_tokens()))
+        return found
+
+    def _prompt(self, chat: Chat, continuation: str = "") -> _Prompt:
+        pictures = [
+            open_pictures(part["image"])
+            for message in chat
+            if not isinstance(message["content"], str)
+            for part in message["content"]
+            if part["type"] == "image"
+        ]
+        text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
+        [ids] = self.processor.tokenize_prompts([text])
+        judged = 0
+        if continuation:
+            [longer] = self.processor.tokenize_prompts([text + continuation])
+            shared = next((i for i, (a, b) in enumerate(zip(ids, longer)) if a != b), len(ids))
+            ids, judged = longer, len(longer) - shared
+        marks = ids.count(self.processor.image_token_id)
+        if marks != len(pictures):
+            raise ValueError(
+                f"A prompt has {marks} {self.processor.image_token} for {len(pictures)} picture(s): its text must not "
+                "contain that mark."
+            )
+        encoded = [self._encode(picture) for picture in pictures]
+        return _Prompt(ids, pictures, [layout for layout, _ in encoded], [kept for _, kept in encoded], judged)
+
+    def _expanded(self, prompt: _Prompt, scale: int) -> list[int]:
+        counts = [layout.count(scale) for layout in prompt.layouts]
+        sources = expand_placeholders(prompt.ids, self.processor.image_token_id, counts)
+        return [prompt.ids[source] for source in sources]
+
+    def _inputs(self, rows: list[torch.Tensor], side: str) -> dict[str, torch.Tensor]:
+        pad = self.processor.tokenizer.pad_token_id
+        ids = pad_sequence(rows, batch_first=True, padding_value=0 if pad is None else pad, padding_side=side)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+        return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+
+    def _images(self, prompts: list[_Prompt]) -> dict[str, Any]:
+        layouts = [layout for prompt in prompts for layout in prompt.layouts]
+        if not layouts:
+            return {}
+        features = torch.cat([kept for prompt in prompts for kept in prompt.features]).to(self.model.device)
+        return {"encoded_images": M3LlavaEncodedImages(tile_features=features, layouts=layouts)}
+
+    def _encode(self, picture: Image.Image) -> tuple[ImageLayout, torch.Tensor]:
+        key = hashlib.sha256(f"{picture.mode} {picture.size} {picture.getpalette()}".encode())
+        key.update(picture.tobytes())
+        if (found := self._kept.get(key.digest())) is not None:
+            self._kept.move_to_end(key.digest())
+            return found
+        inputs = self.processor.image_processor([picture], return_tensors="pt", **self.pinpoints)
+        encoded = self.model.encode_images(
+            inputs["pixel_values"].to(self.model.device), inputs.get("image_sizes"), inputs.get("image_tile_grids")
+        )
+        self.encodings += 1
+        result = encoded.layouts[0], encoded.tile_features.cpu()
+        self._kept[key.digest()] = result
+        held = sum(features.nbytes for _, features in self._kept.values())
+        while held > self.kept_bytes and len(self._kept) > 1:
+            _, (_, oldest) = self._kept.popitem(last=False)
+            held -= oldest.nbytes
+        return result

@@ -21,6 +21,10 @@ def convert() -> int | None:
     return _run("m3-convert", "m3_conversion.__main__")
 
 
+def evaluate() -> int | None:
+    return _run("m3-eval", "m3_evaluation.eval_command")
+
+
 def train() -> int | None:
     return _run("m3-train", "m3_training.finetune")
 

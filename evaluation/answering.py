@@ -89,7 +89,7 @@ class Answerer:
         self.pinpoints = {} if image_grid_pinpoints is None else {"image_grid_pinpoints": image_grid_pinpoints}
         self.sampling, self.kept_bytes = visual_token_sampling, kept_bytes
         self.encodings = 0  # pictures that the vision tower saw
-        self._kept: OrderedDict[bytes, tuple[ImageLayout, torch.Tensor]] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[ImageLayout, torch.Tensor]] = OrderedDict()
 
     def scales(self, wanted: Sequence[int] | None = None) -> list[int]:
         """The scales to answer at, ascending; all that the checkpoint offers by default. Raises `ValueError` for others."""
@@ -147,6 +147,13 @@ class Answerer:
                 found[index].append(Likelihood(value, greedy, prompt.visual_tokens(scale), prompt.text_tokens()))
         return found
 
+    @staticmethod
+    def key_of(picture: Image.Image) -> str:
+        """Of what the picture shows: equal pictures have equal keys."""
+        key = hashlib.sha256(f"{picture.mode} {picture.size} {picture.getpalette()}".encode())
+        key.update(picture.tobytes())
+        return key.hexdigest()
+
     def _prompt(self, chat: Chat, continuation: str = "") -> _Prompt:
         pictures = [
             open_pictures(part["image"])
@@ -190,10 +197,9 @@ class Answerer:
         return {"encoded_images": M3LlavaEncodedImages(tile_features=features, layouts=layouts)}
 
     def _encode(self, picture: Image.Image) -> tuple[ImageLayout, torch.Tensor]:
-        key = hashlib.sha256(f"{picture.mode} {picture.size} {picture.getpalette()}".encode())
-        key.update(picture.tobytes())
-        if (found := self._kept.get(key.digest())) is not None:
-            self._kept.move_to_end(key.digest())
+        key = self.key_of(picture)
+        if (found := self._kept.get(key)) is not None:
+            self._kept.move_to_end(key)
             return found
         inputs = self.processor.image_processor([picture], return_tensors="pt", **self.pinpoints)
         encoded = self.model.encode_images(
@@ -201,7 +207,7 @@ class Answerer:
         )
         self.encodings += 1
         result = encoded.layouts[0], encoded.tile_features.cpu()
-        self._kept[key.digest()] = result
+        self._kept[key] = result
         held = sum(features.nbytes for _, features in self._kept.values())
         while held > self.kept_bytes and len(self._kept) > 1:
             _, (_, oldest) = self._kept.popitem(last=False)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 import modeling_m3
 
 from .answering import KEPT_BYTES, Answer, Answerer, Chat
+from .pinpoints import parse_pinpoints
 
 
 # Of `generate`, what tasks set; the rest of their settings is ours to follow ("until") or says nothing here.
@@ -106,7 +107,9 @@ class M3(lmms):
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         results: dict[int, GenerationResult] = {}
         for batch, settings in self._batches(requests):
-            answers = self.answerer.answer([self.chat(requests[i]) for i in batch], [self.scale], **generation(settings))
+            answers = self.answerer.answer(
+                [self.chat(requests[i]) for i in batch], [self.scale], **generation(settings)
+            )
             for index, [answer] in zip(batch, answers):
                 results[index] = as_result(answer, settings)
         return [results[index] for index in range(len(requests))]
@@ -206,16 +209,6 @@ def cut(text: str, settings: dict[str, Any]) -> str:
 def as_result(answer: Answer, settings: dict[str, Any]) -> GenerationResult:
     counts = TokenCounts(answer.visual_tokens + answer.text_tokens, answer.answer_tokens)
     return GenerationResult(cut(answer.text, settings), counts)
-
-
-def parse_pinpoints(text: str | None) -> list[list[int]] | None:
-    """(height, width) pairs from HEIGHTxWIDTH+HEIGHTxWIDTH.... Raises `ValueError` for another text."""
-    if text is None:
-        return None
-    pairs = [part.split("x") for part in str(text).split("+")]
-    if not all(len(pair) == 2 and all(edge.isdecimal() for edge in pair) for pair in pairs):
-        raise ValueError(f"image_grid_pinpoints={text!r}: give HEIGHTxWIDTH in pixels, several joined by +, as 336x672+672x336.")
-    return [[int(edge) for edge in pair] for pair in pairs]
 
 
 def _content(part: dict[str, Any]) -> dict[str, Any]:

@@ -99,17 +99,27 @@ def read_run(folder: str | Path) -> Run:
     Raises:
         ValueError: the folder is no run, one of another format, or one that is not complete.
     """
-    folder = Path(folder)
-    stored = _read_json(folder / "run.json", f"{folder} is no run of m3-eval")
-    if stored.get("format") != FORMAT:
-        raise ValueError(f"{folder} is a run in format {stored.get('format')!r}; this release reads format {FORMAT}.")
-    run = Run(**{entry.name: stored[entry.name] for entry in fields(Run)})
+    folder, run = Path(folder), read_written_run(folder)
+    if run is None:
+        raise ValueError(f"{folder} is no run of m3-eval: there is no run.json.")
     missing = [name for name in run.tasks if not task_file(folder, name).is_file()]
     if missing:
         raise ValueError(
             f"{folder} is not complete: {', '.join(missing)} not done. Run the same m3-eval command again, it goes on."
         )
     return run
+
+
+def read_written_run(folder: str | Path) -> Run | None:
+    """As `read_run`, complete or not; None where none was begun."""
+    file = Path(folder) / "run.json"
+    if not file.is_file():
+        return None
+    stored = _read_json(file, "")
+    names = {entry.name for entry in fields(Run)}
+    if stored.get("format") != FORMAT or stored.keys() != names:
+        raise ValueError(f"{file} is of a run in format {stored.get('format')!r}; this release reads format {FORMAT}.")
+    return Run(**stored)
 
 
 def read_task(folder: str | Path, name: str) -> Task:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from .cache import FORMAT, cache_folder, converted_once, place_for, revision_of
@@ -41,6 +41,13 @@ class M3Checkpoint:
     name: str
     model_arguments: dict[str, Any]
     processor_arguments: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are; of what is on the Hub, the snapshot in the cache."""
+        if Path(self.name).is_dir():
+            return Path(self.name)
+        return Path(snapshot_download(self.name, revision=self.model_arguments["revision"]))
 
 
 def load(

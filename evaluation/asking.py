@@ -1,0 +1,83 @@
+"""Asks all questions of a task at all scales, batch after batch, and records what came of each."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from modeling_m3.pictures import open_pictures
+
+from .answering import Answerer, Chat
+from .record import Record, add_thumbnail
+
+
+MOST_PICTURES = 2000  # of a task, of which small copies are kept
+
+
+def ask_all(
+    answerer: Answerer,
+    scales: Sequence[int],
+    questions: Sequence[tuple[str, dict[str, Any]]],
+    chat_of: Callable[[int], Chat],
+    record: Record,
+    run_folder: Path,
+    batch_size: int,
+    desc: str,
+    continuation_of: Callable[[int], str] | None = None,
+    quiet: bool = False,
+) -> None:
+    """Completes the record.
+
+    Args:
+        answerer, scales: who is asked, at which numbers of visual tokens.
+        questions: (key, arguments of `generate`) of each.
+        chat_of: the messages of a question, by its index; asked for when its turn comes, so pictures are in memory by batch.
+        record: what is known already is not asked again.
+        run_folder: where small copies of the pictures go.
+        batch_size: prompts at once.
+        desc: what the progress bar says, which shows the time that is left.
+        continuation_of: for likelihoods, what the answer would be.
+        quiet: shows no progress.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, (_, settings) in enumerate(questions):
+        groups.setdefault(repr(sorted(settings.items())), []).append(index)
+    progress = tqdm(total=len(questions), desc=desc, unit=" questions", disable=quiet)
+    for group in groups.values():
+        for start in range(0, len(group), batch_size):
+            batch = group[start : start + batch_size]
+            if record.missing(questions[index][0] for index in batch):
+                chats = [chat_of(index) for index in batch]
+                settings = questions[batch[0]][1]
+                torch.manual_seed(batch[0])  # where a task samples, it samples the same when a run goes on
+                if continuation_of is None:
+                    found = answerer.answer(chats, scales, **settings)
+                else:
+                    found = answerer.likelihoods(chats, [continuation_of(index) for index in batch], scales)
+                record.add(
+                    {
+                        questions[index][0]: {
+                            "results": [asdict(result) for result in results],
+                            "pictures": _thumbnails(chat, run_folder, record),
+                        }
+                        for index, chat, results in zip(batch, chats, found)
+                    }
+                )
+            progress.update(len(batch))
+    progress.close()
+
+
+def _thumbnails(chat: Chat, folder: Path, record: Record) -> list[str]:
+    if len(record.results) >= MOST_PICTURES:
+        return []
+    pictures = [
+        open_pictures(part["image"])
+        for message in chat
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
+    return [add_thumbnail(folder, picture, Answerer.key_of(picture)[:32]) for picture in pictures]

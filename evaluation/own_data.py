@@ -1,0 +1,116 @@
+"""One's own questions, for who has no task file: a JSONL of records with `question`, `answer` and `image`.
+
+`answer` may be a list of all that are right, `image` a list too, or missing; `id`, `subset` and `kind` are kept where given.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .answering import Chat
+
+
+@dataclass(frozen=True)
+class Question:
+    id: str
+    text: str
+    answers: list[str]
+    pictures: list[Path]
+    subset: str | None
+    kind: str | None
+
+    def chat(self) -> Chat:
+        content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in self.pictures]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": self.text}]}]
+
+
+def read_questions(file: Path, image_folder: Path | None = None, limit: int | None = None) -> list[Question]:
+    """The records of a file, all of them checked, pictures too, before anything is asked.
+
+    Raises:
+        ValueError: for a line that is no such record, a picture that is missing, and a file without records; lines are named by
+            their number.
+    """
+    if not file.is_file():
+        raise ValueError(f"There is no file {file}.")
+    folder, questions = image_folder or file.parent, []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if limit is not None and len(questions) == limit:
+            break
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number} is not JSON: {error}.") from error
+        if not isinstance(record, dict) or not isinstance(record.get("question"), str):
+            raise ValueError(f'{file}, line {number} must be an object with a "question", an "answer" and an "image".')
+        answers = record.get("answer")
+        answers = answers if isinstance(answers, list) else [answers]
+        if not answers or not all(isinstance(answer, (str, int, float)) for answer in answers):
+            raise ValueError(f'{file}, line {number} has no "answer": give a text, or a list of all that are right.')
+        images = record.get("image") or []
+        images = [folder / image for image in (images if isinstance(images, list) else [images])]
+        for image in images:
+            if not image.is_file():
+                raise ValueError(f"{file}, line {number}: there is no picture {image}.")
+        labels = [None if record.get(name) is None else str(record[name]) for name in ("subset", "kind")]
+        name = str(record.get("id", number))
+        questions.append(Question(name, record["question"], [str(answer) for answer in answers], images, *labels))
+    if not questions:
+        raise ValueError(f"{file} has no records.")
+    names = [question.id for question in questions]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{file} has the id {twice!r} twice.")
+    return questions
+
+
+def fingerprint_of(questions: list[Question]) -> str:
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(repr((question.id, question.text, question.answers)).encode())
+        for picture in question.pictures:
+            digest.update(picture.read_bytes())
+    return digest.hexdigest()
+
+
+def exact_match(answer: str, right: list[str]) -> float:
+    """1 if the answer is one of the right ones, but for case, surrounding space and a full stop at the end; else 0."""
+    return float(_plain(answer) in map(_plain, right))
+
+
+def contains(answer: str, right: list[str]) -> float:
+    """1 if one of the right answers stands in the answer as whole words, whatever the case; else 0."""
+    return float(any(re.search(rf"(?<!\w){re.escape(_plain(text))}(?!\w)", _plain(answer)) for text in right))
+
+
+def anls(answer: str, right: list[str]) -> float:
+    """Average normalized Levenshtein similarity of one answer: of the nearest right one, and 0 below a half.
+
+    Source: Biten et al., "Scene Text Visual Question Answering" (2019), section 4; DocVQA's metric.
+    """
+    best = max(_similarity(" ".join(answer.lower().split()), " ".join(text.lower().split())) for text in right)
+    return best if best >= 0.5 else 0.0
+
+
+METRICS: dict[str, Callable[[str, list[str]], float]] = {"exact_match": exact_match, "contains": contains, "anls": anls}
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).removesuffix(".")
+
+
+def _similarity(a: str, b: str) -> float:
+    if not a and not b:
+        return 1.0
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, start=1):
+        previous, row[0] = row[0], i
+        for j, other in enumerate(b, start=1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (left != other))
+    return 1 - row[-1] / max(len(a), len(b))

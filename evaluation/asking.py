@@ -45,29 +45,28 @@ def ask_all(
     groups: dict[str, list[int]] = {}
     for index, (_, settings) in enumerate(questions):
         groups.setdefault(repr(sorted(settings.items())), []).append(index)
-    progress = tqdm(total=len(questions), desc=desc, unit=" questions", disable=quiet)
-    for group in groups.values():
-        for start in range(0, len(group), batch_size):
-            batch = group[start : start + batch_size]
-            if record.missing(questions[index][0] for index in batch):
-                chats = [chat_of(index) for index in batch]
-                settings = questions[batch[0]][1]
-                torch.manual_seed(batch[0])  # where a task samples, it samples the same when a run goes on
-                if continuation_of is None:
-                    found = answerer.answer(chats, scales, **settings)
-                else:
-                    found = answerer.likelihoods(chats, [continuation_of(index) for index in batch], scales)
-                record.add(
-                    {
-                        questions[index][0]: {
-                            "results": [asdict(result) for result in results],
-                            "pictures": _thumbnails(chat, run_folder, record),
+    with tqdm(total=len(questions), desc=desc, unit=" questions", disable=quiet) as progress:
+        for group in groups.values():
+            for start in range(0, len(group), batch_size):
+                batch = group[start : start + batch_size]
+                if record.missing(questions[index][0] for index in batch):
+                    chats = [chat_of(index) for index in batch]
+                    settings = questions[batch[0]][1]
+                    torch.manual_seed(batch[0])  # where a task samples, it samples the same when a run goes on
+                    if continuation_of is None:
+                        found = answerer.answer(chats, scales, **settings)
+                    else:
+                        found = answerer.likelihoods(chats, [continuation_of(index) for index in batch], scales)
+                    record.add(
+                        {
+                            questions[index][0]: {
+                                "results": [asdict(result) for result in results],
+                                "pictures": _thumbnails(chat, run_folder, record),
+                            }
+                            for index, chat, results in zip(batch, chats, found)
                         }
-                        for index, chat, results in zip(batch, chats, found)
-                    }
-                )
-            progress.update(len(batch))
-    progress.close()
+                    )
+                progress.update(len(batch))
 
 
 def _thumbnails(chat: Chat, folder: Path, record: Record) -> list[str]:

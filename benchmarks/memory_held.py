@@ -7,11 +7,10 @@ import torch
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 
+from m3_evaluation.devices import Device
+from m3_evaluation.operations import NF4_VALUE, VALUE, head_size, key_value_heads, linear_layers
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
 from modeling_m3.loading_m3 import quantizable_layers
-
-from .devices import Device
-from .operations import NF4_VALUE, VALUE, head_size, key_value_heads, linear_layers
 
 
 # Bytes of a score in eager attention at most. float16: itself, the softmax in float32, and that in 16 bits again; CUDA's
@@ -23,7 +22,7 @@ def model_without_weights(config: M3LlavaConfig) -> M3LlavaForConditionalGenerat
     """The model on the meta device.
 
     Raises:
-        ValueError: its language model has other layers than `benchmarks.operations` counts.
+        ValueError: its language model has other layers than `m3_evaluation.operations` counts.
     """
     with torch.device("meta"):
         model = M3LlavaForConditionalGeneration(config).eval()
@@ -36,7 +35,7 @@ def model_without_weights(config: M3LlavaConfig) -> M3LlavaForConditionalGenerat
     if sorted(found) != sorted(expected):
         raise ValueError(
             f"The language model ({config.text_config.model_type!r}) has other linear layers than Llama's, "
-            f"{', '.join(dict(expected))}: its operations are not known here. Add them to benchmarks/operations.py."
+            f"{', '.join(dict(expected))}: its operations are not known here. Add them to evaluation/operations.py."
         )
     return model
 

@@ -1,6 +1,6 @@
 """Table 9 of the paper, and the arithmetic of the tool it was made with: LLM-Viewer (Yuan et al., 2024, the paper's [66]).
 
-Apart from `benchmarks.operations`, which is the package's own account. The rules are those of LLM-Viewer's public code
+Apart from `m3_evaluation.operations`, which is the package's own account. The rules are those of LLM-Viewer's public code
 (github.com/hahnyuan/LLM-Viewer, `model_analyzer.py`), in other words: no vision tower; a vocabulary of 32000; scores of
 attention are written and read; norms, sums and the activation have FLOPs, the activation by the hidden size and not by the
 inner one; a sum reads one of its two inputs; the head counts one FLOP per multiplication and addition.
@@ -8,9 +8,10 @@ inner one; a sum reads one of its two inputs; the head counts one FLOP per multi
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from .devices import Device, find_device
+from m3_evaluation.devices import Device, find_device
+from m3_evaluation.operations import Operation, linear_layers, totals
+
 from .measure import markdown_table
-from .operations import Operation, linear_layers, totals
 
 
 # Visual tokens -> TFLOPs, milliseconds, GB of "total memory", GB of "storing activation".

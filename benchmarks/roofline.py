@@ -15,6 +15,8 @@ from typing import Annotated, Any
 import typer
 from transformers import AutoConfig
 
+from m3_evaluation import operations
+from m3_evaluation.devices import DEVICES, find_device
 from modeling_m3 import M3LlavaConfig, default_checkpoint
 from modeling_m3.visual_tokens import (
     check_num_visual_tokens,
@@ -22,8 +24,7 @@ from modeling_m3.visual_tokens import (
     tile_grid,
 )
 
-from . import operations, paper_table9
-from .devices import DEVICES, find_device
+from . import paper_table9
 from .measure import markdown_table, save
 from .memory_held import activation_bytes, cache_bytes, model_without_weights, weight_bytes
 from .random_checkpoint import random_config
@@ -287,7 +288,7 @@ def main(
     model: Annotated[
         str, typer.Option(help=f"One of {', '.join(PRESETS)} (tiny: m3-tiny), or a converted checkpoint's folder.")
     ] = "7b",
-    device: Annotated[str, typer.Option(help="One of benchmarks/devices.py, as V100, A100, H100, RTX4090.")] = "A100",
+    device: Annotated[str, typer.Option(help="One of evaluation/devices.py, as V100, A100, H100, RTX4090.")] = "A100",
     num_visual_tokens: Annotated[
         list[str] | None, typer.Option(help="Per tile, as 576,36. The model's own if left out.")
     ] = None,

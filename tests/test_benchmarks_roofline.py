@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from typer.testing import CliRunner
 
-from benchmarks import memory_held, operations, paper_table9, roofline
-from benchmarks.devices import DEVICES, Device, find_device
+from benchmarks import memory_held, paper_table9, roofline
+from m3_evaluation import operations
+from m3_evaluation.devices import DEVICES, Device, find_device
 from modeling_m3 import M3LlavaConfig
 
 

@@ -8,14 +8,19 @@ has bytes and no FLOPs. A cache is appended to in place.
 Shapes use: b prompts, s tokens of a prompt, c tokens in the cache when attention reads it, t tiles, h hidden size.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-
-from transformers.configuration_utils import PreTrainedConfig
-
-from modeling_m3 import M3LlavaConfig
+from typing import TYPE_CHECKING
 
 from .devices import Device
+
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+
+    from modeling_m3 import M3LlavaConfig
 
 
 PRECISIONS = ("fp16", "bf16", "int8", "nf4")

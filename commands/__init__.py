@@ -9,6 +9,10 @@ import os
 from m3_conversion.signals import handling_signals
 
 
+def analyze() -> int | None:
+    return _run("m3-analyze", "m3_evaluation.analyze_command")
+
+
 def ask() -> int | None:
     return _run("m3-ask", "modeling_m3.__main__")
 

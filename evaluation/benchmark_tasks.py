@@ -20,7 +20,7 @@ from loguru import logger
 
 from .answering import Answerer
 from .asking import ask_all
-from .lmms_eval_model import M3, cut, generation, settings_of
+from .lmms_eval_model import M3, as_likelihood, cut, generation, settings_of
 from .record import Record
 from .runs import Sample, Task
 
@@ -125,7 +125,7 @@ class AllScales(M3):
             results.append(GenerationResult(cut(found["text"], settings_of(request)), counts))
         return results
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         questions = [(key_of(request), {}) for request in requests]
         self._ask(
             questions,
@@ -134,7 +134,7 @@ class AllScales(M3):
             lambda index: self.likelihood_chat(requests[index])[1],
         )
         found = [self.record.results[key]["results"][self.scales.index(self.scale)] for key, _ in questions]
-        return [(result["log_probability"], result["is_greedy"]) for result in found]
+        return [as_likelihood(result) for result in found]
 
     def _ask(
         self, questions: list, chat_of: Callable, requests: list[Instance], continuation_of: Callable | None = None

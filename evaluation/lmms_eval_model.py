@@ -5,6 +5,7 @@ Generation tasks use the chat interface; lmms-eval's likelihood tasks have the s
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
@@ -114,12 +115,12 @@ class M3(lmms):
                 results[index] = as_result(answer, settings)
         return [results[index] for index in range(len(requests))]
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        results = []
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        results: list[GenerationResult] = []
         for batch, _ in self._batches(requests):
             chats, continuations = zip(*(self.likelihood_chat(requests[index]) for index in batch))
             found = self.answerer.likelihoods(chats, continuations, [self.scale])
-            results += [(likelihood.log_probability, likelihood.is_greedy) for [likelihood] in found]
+            results += [as_likelihood(asdict(likelihood)) for [likelihood] in found]
         return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
@@ -204,6 +205,11 @@ def cut(text: str, settings: dict[str, Any]) -> str:
         if end:
             text = text.split(end)[0]
     return text.strip()
+
+
+def as_likelihood(found: dict[str, Any]) -> GenerationResult:
+    """In lmms-eval 0.7.3 a pair of numbers is only left what it is where it is wrapped like a text; else it becomes one."""
+    return GenerationResult((found["log_probability"], found["is_greedy"]))
 
 
 def as_result(answer: Answer, settings: dict[str, Any]) -> GenerationResult:

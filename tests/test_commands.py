@@ -1,5 +1,6 @@
 """The commands, inside a user's project whose folders have the names of ours; and what an installation brings."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -17,11 +18,17 @@ REPOSITORY = Path(__file__).parent.parent
 PICTURE = GOLDENS / "images" / "photo_400x266.png"
 RECORDS = REPOSITORY / "tests" / "fixtures" / "records.json"
 RUN = f"--model_name_or_path {{demo}} --data_path {RECORDS} --image_folder {GOLDENS / 'images'} --max_steps 1 --use_cpu true"
+QUESTION = json.dumps({"question": "What is it?", "answer": "a dog", "image": "photo_400x266.png"})
 # A command, and a file that it writes.
 COMMANDS = {
     "m3-convert": (f"m3-convert {GOLDENS / 'llava15-m3'} new", "new/model.safetensors"),
     "m3-ask": (f"m3-ask {PICTURE} Hello --model {{demo}} --max-new-tokens 2", None),
     "m3-cache": ("m3-cache list", None),  # what it does is in test_load.py
+    "m3-eval": (
+        f"m3-eval {{demo}} --data questions.jsonl --image_folder {GOLDENS / 'images'} --scales 1,9 --output run",
+        "run/tasks/questions/task.json",
+    ),
+    "m3-analyze": ("m3-analyze run --output report", "report/report.html"),
     "m3-train": (f"m3-train {RUN} --output_dir alone", "alone/final/model.safetensors"),
     "accelerate": (
         f"accelerate launch --cpu --num_processes 1 -m m3_training.finetune {RUN} --output_dir by-accelerate",
@@ -46,6 +53,9 @@ def test_every_command_is_tested():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_work_in_a_project_with_folders_of_our_names(name, project, converted):
     command, written = COMMANDS[name]
+    (project / "questions.jsonl").write_text(QUESTION)
+    if name == "m3-analyze" and not (project / "run").exists():
+        run(COMMANDS["m3-eval"][0].format(demo=converted["llava15-m3"]), project)
     assert run(command.format(demo=converted["llava15-m3"]), project).strip()
     assert written is None or (project / written).is_file()
 

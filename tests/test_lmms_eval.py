@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -143,7 +145,7 @@ def test_two_processes_answer_as_one(tasks, run, tmp_path):
     result = subprocess.run([*command, "--batch_size", "8"], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     [file] = (tmp_path / "lmms").rglob("*samples_m3_scenes.jsonl")
-    logged = {entry["doc_id"]: entry["filtered_resps"][0] for entry in map(json.loads, file.open())}
+    logged = {entry["doc_id"]: entry["filtered_resps"] for entry in map(json.loads, file.open())}
     assert logged == {int(sample.id): sample.answers[1] for sample in read_samples(run, "m3_scenes")}
 
 
@@ -332,3 +334,15 @@ def test_commands_say_what_they_run_on(tmp_path):
         "m3_scenes.yaml",
         "m3_task_functions.py",
     }
+
+
+def test_what_the_page_shows_runs(tmp_path, monkeypatch, converted):
+    """The commands of docs/evaluation.md that need lmms-eval; test_docs.py runs the others."""
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    commands = [command for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for command in block.splitlines()]
+    assert len(commands) >= 3
+    (tmp_path / "m3-demo").symlink_to(converted["llava15-m3"])
+    environment = {**os.environ, "PATH": commands_on_path(), "HF_HOME": str(tmp_path / "home")}
+    for command in commands:
+        result = subprocess.run(shlex.split(command), cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, f"{command}\n{result.stderr}"

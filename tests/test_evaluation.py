@@ -22,7 +22,6 @@ from m3_evaluation.eval_command import app
 from m3_evaluation.record import Record
 from m3_evaluation.runs import read_run, read_samples, read_task
 from m3_training.m3_tiny.data import held_out_easy_vqa, held_out_scenes
-from m3_training.m3_tiny.evaluate import evaluate
 
 
 SCALES = [1, 9, 36, 144, 576]
@@ -50,20 +49,6 @@ def texts(answers):
     return [[answer.text for answer in row] for row in answers]
 
 
-def test_right_and_wrong_as_the_recipe_counts(m3_tiny):
-    made = [*held_out_scenes(4), *itertools.islice(held_out_easy_vqa(), 1)]
-    counted = evaluate(*m3_tiny, made, SCALES)["average"].correct.tolist()
-    answerer = Answerer(*m3_tiny)
-    asked = [(user(question.text, shown), question.answer) for shown, questions in made for question in questions]
-    found = []
-    for start in range(0, len(asked), 16):
-        batch = asked[start : start + 16]
-        answers = answerer.answer([chat for chat, _ in batch], SCALES, **SETTINGS)
-        found += [[answer.text == right for answer in row] for row, (_, right) in zip(answers, batch)]
-    assert found == counted
-    assert answerer.encodings == len(made)
-
-
 def test_batches_and_kept_features_change_no_answer(m3_tiny, scenes):
     chats = [user(question.text, shown) for shown, question in scenes[:8]]
     together = Answerer(*m3_tiny)
@@ -82,7 +67,7 @@ def test_asks_as_generate_answers(name, loaded):
     shown = [picture(file.name) for file in sorted((GOLDENS / "images").glob("*.png"))[:3]]
     chats = [user("What is it?", shown[0]), user("And these two, which is larger?", *shown[1:]), user("Hello")]
     answerer = Answerer(model, processor)
-    scales = answerer.scales()
+    scales = answerer.scales()[:3]
     answers = answerer.answer(chats, scales, max_new_tokens=6, do_sample=False)
     for chat, row in zip(chats, answers):
         for scale, answer in zip(scales, row):

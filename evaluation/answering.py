@@ -25,6 +25,17 @@ KEPT_BYTES = 2 * 10**9
 Chat = list[dict[str, Any]]
 
 
+def pictures_of(chat: Chat) -> list[Image.Image]:
+    """The pictures of a chat, opened, in reading order."""
+    return [
+        open_pictures(part["image"])
+        for message in chat
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
+
+
 @dataclass(frozen=True)
 class Answer:
     """What was answered at one scale.
@@ -155,13 +166,7 @@ class Answerer:
         return key.hexdigest()
 
     def _prompt(self, chat: Chat, continuation: str = "") -> _Prompt:
-        pictures = [
-            open_pictures(part["image"])
-            for message in chat
-            if not isinstance(message["content"], str)
-            for part in message["content"]
-            if part["type"] == "image"
-        ]
+        pictures = pictures_of(chat)
         text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
         [ids] = self.processor.tokenize_prompts([text])
         judged = 0

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from modeling_m3.pictures import open_pictures
-
-from .answering import Answerer, Chat
+from .answering import Answerer, Chat, pictures_of
 from .record import Record, add_thumbnail
 
 
@@ -72,11 +70,4 @@ def ask_all(
 def _thumbnails(chat: Chat, folder: Path, record: Record) -> list[str]:
     if len(record.results) >= MOST_PICTURES:
         return []
-    pictures = [
-        open_pictures(part["image"])
-        for message in chat
-        if not isinstance(message["content"], str)
-        for part in message["content"]
-        if part["type"] == "image"
-    ]
-    return [add_thumbnail(folder, picture, Answerer.key_of(picture)[:32]) for picture in pictures]
+    return [add_thumbnail(folder, picture, Answerer.key_of(picture)[:32]) for picture in pictures_of(chat)]

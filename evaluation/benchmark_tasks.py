@@ -32,7 +32,7 @@ JUDGES = ("lmms_eval.llm_judge", "openai", "anthropic", "requests")
 KEYS = ("OPENAI_API_KEY", "AZURE_API_KEY")
 
 
-def find_tasks(names: Sequence[str], include_path: str | None = None) -> dict[str, BenchmarkTask]:
+def find_tasks(names: Sequence[str], include_path: list[str] | None = None) -> dict[str, BenchmarkTask]:
     """The tasks of these names, and those of groups, by name.
 
     Raises:
@@ -95,9 +95,8 @@ def asks_a_judge(function: Any, seen: set | None = None) -> bool:
         return True
     for name in names:
         found = function.__globals__.get(name)
-        if isinstance(found, types.ModuleType) and found.__name__.startswith(JUDGES):
-            return True
-        if getattr(found, "__module__", "").startswith(JUDGES) if found is not None else False:
+        origin = found.__name__ if isinstance(found, types.ModuleType) else getattr(found, "__module__", None)
+        if (origin or "").startswith(JUDGES):
             return True
         if inspect.isfunction(found) and found.__module__.startswith("lmms_eval.tasks") and asks_a_judge(found, seen):
             return True
@@ -169,9 +168,6 @@ def _outcome(
 ) -> tuple[Task, list[Sample]]:
     filters = [ensemble.name for ensemble in task._filters] if getattr(task, "_filters", None) else ["none"]
     logged = [_by_filter(results["samples"][name], filters) for results in found]
-    requests: dict[int, list[Instance]] = {}
-    for request in task.instances:
-        requests.setdefault(request.doc_id, []).append(request)
     scores: dict[str, np.ndarray] = {}
     for metric, grader in task.aggregation().items():
         for filter_name in filters:
@@ -188,11 +184,11 @@ def _outcome(
         )
     samples = []
     for index, sample in enumerate(logged[0][filters[0]]):
-        asked = requests_of(model.record, sample, task)
+        asked = model.record.results[f"{sample['doc_id']}/0"]
         samples.append(
             Sample(
                 id=str(sample["doc_id"]),
-                question=_question(asked["requests"], sample),
+                question=_question(sample),
                 target=_target(sample),
                 answers=[_answer(of_scale[filters[0]][index]) for of_scale in logged],
                 scores={label: values[:, index].tolist() for label, values in scores.items()},
@@ -212,11 +208,6 @@ def _outcome(
     metric = next(iter(scores))
     higher = {label: bool(better.get(label.partition(",")[0], True)) for label in scores}
     return Task(name, len(samples), metric, overall, higher), samples
-
-
-def requests_of(record: Record, sample: dict[str, Any], task: BenchmarkTask) -> dict[str, Any]:
-    """What is recorded of a document's first request, by the key that it had in whatever process asked it."""
-    return {"requests": sample.get("arguments", []), **record.results[f"{sample['doc_id']}/0"]}
 
 
 def key_of(request: Instance) -> str:
@@ -264,11 +255,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, str) and value == value
 
 
-def _question(arguments: list[Any], sample: dict[str, Any]) -> str:
-    doc = sample["doc"]
-    return str(
-        next((argument for argument in arguments if isinstance(argument, str) and argument), doc.get("question", ""))
-    )
+def _question(sample: dict[str, Any]) -> str:
+    texts = (argument for argument in sample["arguments"] if isinstance(argument, str) and argument)
+    return next(texts, str(sample["doc"].get("question", "")))
 
 
 def _target(sample: dict[str, Any]) -> str | list[str]:

@@ -24,6 +24,7 @@ from .answering import KEPT_BYTES, Answer, Answerer
 from .asking import ask_all
 from .checkpoints import fingerprint
 from .own_data import METRICS, Question, fingerprint_of, read_questions
+from .pinpoints import parse_pinpoints
 from .record import Record
 from .runs import Run, Sample, Task, read_written_run, task_file, write_run, write_task
 
@@ -100,7 +101,7 @@ def evaluate(
     if (tasks is None) == (data is None):
         raise typer.BadParameter("give either --tasks or --data")
     try:
-        pinpoints = _pinpoints(image_grid_pinpoints)
+        pinpoints = parse_pinpoints(image_grid_pinpoints)
         found_tasks: dict[str, Any] = {}
         questions: list[Question] = []
         if data is not None:
@@ -265,12 +266,6 @@ def _numbers(text: str) -> list[int]:
     if not parts or not all(part.isdecimal() for part in parts):
         raise ValueError(f"--scales {text!r}: give numbers of visual tokens joined by commas, as 9,36.")
     return [int(part) for part in parts]
-
-
-def _pinpoints(text: str | None) -> list[list[int]] | None:
-    from .pinpoints import parse_pinpoints
-
-    return parse_pinpoints(text)
 
 
 def _versions() -> dict[str, str]:

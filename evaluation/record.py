@@ -14,7 +14,7 @@ class Record:
     """Results by request, in memory and in a file with one line per batch.
 
     Args:
-        file: where lines are added. Files beside it that other processes wrote, `NAME.*SUFFIX`, are read too.
+        file: where lines are added, "answers.0.jsonl" of process 0. What other processes wrote beside it is read too.
     """
 
     def __init__(self, file: Path):

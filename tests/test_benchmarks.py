@@ -47,6 +47,7 @@ def test_all_ways_are_timed_and_summed_up(monkeypatch):
     assert "| memory / 576 alone | 1.10 | 1.25 |" in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 def test_memory_is_that_of_a_step(monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")

@@ -98,6 +98,7 @@ def test_shapes_are_those_of_llama_and_clip(size):
         assert weight_bytes(shapes) == 2 * (6738415616 + 20979712)
 
 
+@pytest.mark.slow
 def test_what_is_measured(measured):
     folder, result, printed = measured
     (copied,), (converted,) = (result["conversion"]["bin"][way] for way in ("cp -r", "conversion"))
@@ -123,6 +124,7 @@ def test_what_is_measured(measured):
     assert not list(folder.glob("*-copy"))
 
 
+@pytest.mark.slow
 def test_a_wrong_conversion_is_noticed(measured, tmp_path):
     folder, result, _ = measured
     weights = load_file(folder / "tiny-converted" / "model.safetensors")

@@ -33,12 +33,14 @@ def results(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_fewer_bits_are_fewer_bytes(results):
     disk = json.loads((results / "quantization.json").read_text())["disk"]
     assert disk["float32"] == pytest.approx(2 * disk["bfloat16"], rel=0.01)
     assert disk["nf4"] < disk["int8"] < disk["bfloat16"]
 
 
+@pytest.mark.slow
 def test_every_part_of_one_encoding_is_timed(results):
     seconds = json.loads((results / "one_encoding.json").read_text())["seconds"]
     assert [name for name in seconds if "before" in name] == [
@@ -61,6 +63,7 @@ def test_every_part_of_one_encoding_is_timed(results):
     assert "take 1.10x the sum" in table and "take 1.50x that" in table
 
 
+@pytest.mark.slow
 def test_every_precision_answers_the_same_questions(results):
     counts = json.loads((results / "quantized_answers.json").read_text())["counts"]
     assert list(counts) == ["float32", "bfloat16", "int8", "nf4"]
@@ -70,6 +73,7 @@ def test_every_precision_answers_the_same_questions(results):
     assert shape == {**shape, "questions": 2} and set(shape["correct"]) == {"1", "9", "36", "144", "576"}
 
 
+@pytest.mark.slow
 def test_one_page_holds_all_results(results):
     run(report.main, results)
     page = (results / "README.md").read_text()

@@ -50,6 +50,7 @@ def test_every_command_is_tested():
     assert INSTALLED.names == COMMANDS.keys() - {"accelerate"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_work_in_a_project_with_folders_of_our_names(name, project, converted):
     command, written = COMMANDS[name]

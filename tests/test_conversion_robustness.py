@@ -345,6 +345,7 @@ def _take_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 def test_full_disk(tmp_path):
     """A limit on file size stands in for it: the write that goes beyond fails in the middle of a weight file."""
     source = copy_golden("llava-next-m3", tmp_path)
@@ -395,6 +396,7 @@ writer._write_tensor = slow
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped(number, tmp_path):
     source = copy_golden("llava-next-m3", tmp_path)
@@ -409,6 +411,7 @@ def test_stopped(number, tmp_path):
     assert_nothing_written(tmp_path)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path):
     """Whenever a conversion is killed, its folder is whole or not there; an older one is there until then."""
     source = copy_golden("llava-next-m3", tmp_path)
@@ -445,6 +448,7 @@ for i in range(16):
         load_file(path / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     """574 MB of weights, 262 MB of them in two tensors: no more than 120 MB above what a checkpoint of 1 MB needs.
 

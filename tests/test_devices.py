@@ -158,6 +158,7 @@ def sparse_checkpoint(folder: Path) -> int:
     return end
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_takes_little_more_than_the_weights(saved, tmp_path):
     """In the type they are stored in, weights are mapped from the file. In another one, the file's pages are the system's

@@ -179,6 +179,7 @@ def test_own_data(my_data, tmp_path):
     assert (tmp_path / "run" / "tasks" / "my" / "samples.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same(my_data, tmp_path):
     arguments = [modeling_m3.default_checkpoint(), "--data", my_data, "--batch_size", "1", "--scales", "1,9"]
     environment = {**os.environ, "PATH": commands_on_path()}

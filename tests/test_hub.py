@@ -69,6 +69,7 @@ def use(hub: Hub, home, revision, again="", **environment):
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_conversion_goes_to_the_hub_and_comes_back(hub, tmp_path, capsys):
     assert main([str(GOLDENS / "llava15-m3"), str(tmp_path / "new"), "--push-to-hub", NAME]) == 0
     pinned = hub.sha(NAME)

@@ -228,6 +228,7 @@ def test_what_cannot_be_loaded_is_said_in_a_line(arguments, message, hub, answer
 # What goes wrong on the way
 
 
+@pytest.mark.slow
 def test_two_processes_convert_once(hub, home):
     both = [start(hub, home, "--model", NAME) for _ in range(2)]
     found = [(*process.communicate(timeout=120), process.returncode) for process in both]
@@ -238,6 +239,7 @@ def test_two_processes_convert_once(hub, home):
     assert len(cached_checkpoints()) == len(folders()) == 1
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(home, tmp_path):
     """Nothing of a killed conversion is taken for whole, and the next one removes it."""
     source = copy_golden("llava-next-m3", tmp_path)
@@ -272,6 +274,7 @@ module.find({str(source)!r})
     assert len(cached_checkpoints()) == len(folders()) == 1
 
 
+@pytest.mark.slow
 def test_stopped_while_it_converts(hub, home, tmp_path):
     slow = tmp_path / "slow"
     slow.mkdir()

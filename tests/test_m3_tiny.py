@@ -200,6 +200,7 @@ def test_layers_are_trained_by_muon_and_the_rest_by_adamw():
         torch.testing.assert_close(first, third, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_recipe_runs_from_nothing(tmp_path, monkeypatch):
     """With two steps where the recipe has hundreds: what it makes loads, is measured, and is not made twice."""
     short = replace(recipe.RUNS["m3-tiny"], start="untrained", steps=2, batch=2)

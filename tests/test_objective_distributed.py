@@ -110,6 +110,7 @@ def two_processes(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", [wrapper.__name__ for wrapper in WRAPPERS])
 def test_two_processes_equal_one(wrapper, two_processes):
     model = tiny_model(**ANYRES)

@@ -119,6 +119,7 @@ def raise_signal(number):
     return lambda: os.kill(os.getpid(), number)
 
 
+@pytest.mark.slow
 @NUMBERS
 def test_the_same_command_goes_on_where_it_was_stopped(number, run, at_step, tmp_path, capsys, caplog):
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
@@ -176,6 +177,7 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(run, at_step):
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_two_processes_and_their_workers_stop_at_the_same_step(run, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "slow.py"]

@@ -69,6 +69,7 @@ def test_oracle_as_in_a_loop(rows):
     assert found.performance == pytest.approx(performance / len(rows))
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth():
     """Of 1,000 simulated data sets, each of: a share, a graded mean, a paired difference, the oracle's mean tokens."""
     generator, held, size = np.random.default_rng(0), np.zeros(4), 300
@@ -111,7 +112,11 @@ def test_flops_are_those_that_torch_counts():
     for length in (5, 12):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(inputs_embeds=torch.empty(1, length, 32, device="meta"), logits_to_keep=1)
-        counted.append(counter.get_total_flops())
+        # Older releases of transformers make the angles of rotary embeddings by a product of matrices.
+        of_angles = sum(
+            sum(counts.values()) for name, counts in counter.get_flop_counts().items() if name.endswith("rotary_emb")
+        )
+        counted.append(counter.get_total_flops() - of_angles)
     assert statistics.prefill_flops(model.config, {5: 3, 12: 1}) == (3 * counted[0] + counted[1]) / 4
 
 

@@ -286,6 +286,7 @@ def one_process(converted, tmp_path_factory):
     return settings, folder / "one"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_two_processes_have_the_losses_and_weights_of_one(way, one_process, converted, project, tmp_path):
     """Started in a project whose folders have the names of ours."""

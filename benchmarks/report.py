@@ -12,6 +12,7 @@ import typer
 
 from . import (
     conversion,
+    evaluation,
     matryoshka_step,
     one_encoding,
     peers,
@@ -31,6 +32,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "conversion": ("Conversion at real size, and loading", conversion.tables),
     "scaling": ("How cost grows", scaling.table),
     "one_encoding": ("One encoding for all budgets", one_encoding.table),
+    "evaluation": ("An evaluation at every scale", evaluation.table),
     "quantization": ("Precision of weights", quantization.table),
     "quantized_answers": ("Right answers by precision", quantized_answers.table),
     "matryoshka_step": ("A training step over five scales", matryoshka_step.table),

@@ -87,10 +87,12 @@ def _one(
         way: statistics.oracle_choice(scores, threshold, never) for way, never in (("fewest", 0), ("finest", -1))
     }
     reached = {way: statistics.chosen(scores, scales, choice) for way, choice in choices.items()}
-    spreads = {
-        way: statistics.resampled_means(
-            np.stack([scores[np.arange(len(scores)), choice], np.array(scales)[choice]], axis=1), resamples, seed
-        )
+    rows = np.arange(len(scores))
+    ranges = {
+        way: {
+            "performance_interval": statistics.intervals(scores[rows, choice][:, None], resamples, seed)[0],
+            "tokens_interval": statistics.intervals(np.array(scales)[choice][:, None], resamples, seed)[0],
+        }
         for way, choice in choices.items()
     }
     first = statistics.first_sufficient(statistics.sufficient(scores, threshold))
@@ -115,8 +117,7 @@ def _one(
         "oracle": {
             way: {
                 **asdict(reached[way]),
-                "performance_interval": tuple(np.percentile(spreads[way][:, 0], (2.5, 97.5)).tolist()),
-                "tokens_interval": tuple(np.percentile(spreads[way][:, 1], (2.5, 97.5)).tolist()),
+                **ranges[way],
                 "gap": {str(scale): reached[way].performance - float(mean) for scale, mean in zip(scales, means)},
             }
             for way in choices

@@ -101,6 +101,7 @@ class Answerer:
         self.sampling, self.kept_bytes = visual_token_sampling, kept_bytes
         self.encodings = 0  # pictures that the vision tower saw
         self._kept: OrderedDict[str, tuple[ImageLayout, torch.Tensor]] = OrderedDict()
+        self._held = 0  # bytes
 
     def scales(self, wanted: Sequence[int] | None = None) -> list[int]:
         """The scales to answer at, ascending; all that the checkpoint offers by default. Raises `ValueError` for others."""
@@ -213,8 +214,8 @@ class Answerer:
         self.encodings += 1
         result = encoded.layouts[0], encoded.tile_features.cpu()
         self._kept[key] = result
-        held = sum(features.nbytes for _, features in self._kept.values())
-        while held > self.kept_bytes and len(self._kept) > 1:
+        self._held += result[1].nbytes
+        while self._held > self.kept_bytes and len(self._kept) > 1:
             _, (_, oldest) = self._kept.popitem(last=False)
-            held -= oldest.nbytes
+            self._held -= oldest.nbytes
         return result

@@ -134,6 +134,7 @@ def evaluate(
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "quantize": quantize,
                 "image_grid_pinpoints": pinpoints,
+                "image_backend": processor.image_processor.backend,
                 "visual_token_sampling": sampling or model.config.visual_token_sampling,
                 "limit": limit,
                 "batch_size": batch_size,

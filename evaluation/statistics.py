@@ -25,7 +25,7 @@ class Choice:
 
     Attributes:
         performance: mean score at the chosen scales.
-        tokens: mean of the chosen scales.
+        tokens: mean cost of the chosen scales.
     """
 
     performance: float
@@ -54,10 +54,14 @@ def first_sufficient(right: np.ndarray) -> np.ndarray:
     return np.where(right.any(1), right.argmax(1), -1)
 
 
-def chosen(scores: np.ndarray, scales: Sequence[float], choice: np.ndarray) -> Choice:
-    """What it reaches to answer every sample at the scale of index `choice`, (n,)."""
+def chosen(scores: np.ndarray, scales: Sequence[float] | np.ndarray, choice: np.ndarray) -> Choice:
+    """What it reaches to answer every sample at the scale of index `choice`, (n,).
+
+    `scales` may be what each scale costs each sample, (n, s), as where pictures have several tiles.
+    """
     rows = np.arange(len(choice))
-    return Choice(float(np.asarray(scores)[rows, choice].mean()), float(np.asarray(scales, float)[choice].mean()))
+    costs = np.broadcast_to(np.asarray(scales, float), np.shape(scores))
+    return Choice(float(np.asarray(scores)[rows, choice].mean()), float(costs[rows, choice].mean()))
 
 
 def oracle_choice(scores: np.ndarray, threshold: float = THRESHOLD, never: int = 0) -> np.ndarray:
@@ -70,7 +74,9 @@ def oracle_choice(scores: np.ndarray, threshold: float = THRESHOLD, never: int =
     return np.where(first < 0, never % np.asarray(scores).shape[1], first)
 
 
-def oracle(scores: np.ndarray, scales: Sequence[float], threshold: float = THRESHOLD, never: int = 0) -> Choice:
+def oracle(
+    scores: np.ndarray, scales: Sequence[float] | np.ndarray, threshold: float = THRESHOLD, never: int = 0
+) -> Choice:
     """The oracle: scores at the fewest tokens that are right. See `oracle_choice`."""
     return chosen(scores, scales, oracle_choice(scores, threshold, never))
 
@@ -138,19 +144,31 @@ def resampled_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 
 
 
 def intervals(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> list[tuple[float, float]]:
-    """95% intervals of the means of the columns of `values` (n, c): Wilson's for zeros and ones, else by the bootstrap."""
+    """95% intervals of the means of the columns of `values` (n, c): Wilson's for zeros and ones, else by the bootstrap.
+
+    The bootstrap is Efron's BCa, its bias and acceleration both a sixth of the mean's skewness, which is what they are for means.
+    """
     values = np.asarray(values, dtype=float)
     if np.isin(values, (0, 1)).all():
         return [wilson_interval(int(column.sum()), len(values)) for column in values.T]
-    return _percentiles(resampled_means(values, resamples, seed))
+    return _by_bootstrap(values, resamples, seed)
 
 
 def difference_intervals(
     scores: np.ndarray, reference: int = -1, resamples: int = RESAMPLES, seed: int = 0
 ) -> list[tuple[float, float]]:
-    """95% intervals of how much the mean score of each scale exceeds that of a reference scale, by the paired bootstrap."""
+    """95% intervals of how much the mean score of each scale exceeds that of a reference scale, by the paired bootstrap.
+
+    Where no sample differs, n of them may still hide a share of others: the interval is then as far as those could move it.
+    """
     scores = np.asarray(scores, dtype=float)
-    return _percentiles(resampled_means(scores - scores[:, [reference]], resamples, seed))
+    differences = scores - scores[:, [reference]]
+    found = _by_bootstrap(differences, resamples, seed)
+    hidden = wilson_interval(0, len(scores))[1]
+    for index, column in enumerate(differences.T):
+        if (column == 0).all() and index != reference % scores.shape[1]:
+            found[index] = -hidden, hidden
+    return found
 
 
 def agreement(answers: Sequence[Sequence[Any]]) -> np.ndarray:
@@ -178,9 +196,19 @@ def prefill_flops(config: Any, tokens: Mapping[int, int]) -> float:
     return sum(by_length[length] * count for length, count in tokens.items()) / total
 
 
-def _percentiles(means: np.ndarray) -> list[tuple[float, float]]:
-    low, high = np.percentile(means, (2.5, 97.5), axis=0)
-    return [(float(a), float(b)) for a, b in zip(low, high)]
+def _by_bootstrap(values: np.ndarray, resamples: int, seed: int) -> list[tuple[float, float]]:
+    found = []
+    for column, means in zip(values.T, resampled_means(values, resamples, seed).T):
+        from_mean = column - column.mean()
+        deviation = math.sqrt((from_mean**2).mean())
+        skewness = (from_mean**3).mean() / deviation**3 if deviation else 0.0
+        bias = acceleration = skewness / (6 * math.sqrt(len(column)))
+        ends = []
+        for end in (-NORMAL_95, NORMAL_95):
+            corrected = bias + (bias + end) / (1 - acceleration * (bias + end))
+            ends.append(float(np.quantile(means, 0.5 * (1 + math.erf(corrected / math.sqrt(2))))))
+        found.append((ends[0], ends[1]))
+    return found
 
 
 def _rises(left: tuple[float, float], right: tuple[float, float]) -> float:

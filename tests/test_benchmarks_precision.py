@@ -8,7 +8,7 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks import one_encoding, quantization, quantized_answers, report
+from benchmarks import evaluation, one_encoding, quantization, quantized_answers, report
 
 
 def run(command, *arguments):
@@ -29,6 +29,8 @@ def results(tmp_path_factory):
         run(quantization.main, *small, "--output", folder / "quantization.json")
     small = ["--size", "tiny", "--repeats", 1, "--max-new-tokens", 1]
     run(one_encoding.main, *small, "--output", folder / "one_encoding.json")
+    small = ["--pictures", 2, "--repeats", 1, "--max-new-tokens", 1]
+    run(evaluation.main, *small, "--output", folder / "evaluation.json")
     run(quantized_answers.main, "--pictures", 2, "--output", folder / "quantized_answers.json")
     return folder
 
@@ -64,6 +66,16 @@ def test_every_part_of_one_encoding_is_timed(results):
 
 
 @pytest.mark.slow
+def test_an_evaluation_at_every_scale_is_compared_with_its_parts(results):
+    seconds = json.loads((results / "evaluation.json").read_text())["seconds"]
+    assert len(seconds) == 1 + 5 + 2
+    times = {"encoding": [2.0, 1.0, 9.0], "answers at 1": [1.0], "answers at 9": [1.0]}
+    whole = {"m3-eval at all scales": [4.4], "m3-eval for each scale": [6.6]}
+    told = {"pictures": 2, "batch_size": 2, "new_tokens": 1, "repeats": 1, "seconds": times | whole}
+    assert "takes 1.10x the sum" in evaluation.table(told) and "takes 1.50x that" in evaluation.table(told)
+
+
+@pytest.mark.slow
 def test_every_precision_answers_the_same_questions(results):
     counts = json.loads((results / "quantized_answers.json").read_text())["counts"]
     assert list(counts) == ["float32", "bfloat16", "int8", "nf4"]
@@ -77,7 +89,7 @@ def test_every_precision_answers_the_same_questions(results):
 def test_one_page_holds_all_results(results):
     run(report.main, results)
     page = (results / "README.md").read_text()
-    assert page.count("\n## ") == 3
+    assert page.count("\n## ") == 4
     assert len(re.findall(r"^\| (float32|bfloat16|int8|nf4) \|", page, re.MULTILINE)) == 8
     (results / "colours.json").write_text("{}")
     with pytest.raises(ValueError, match="colours.json"):

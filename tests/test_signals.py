@@ -12,6 +12,7 @@ from conftest import commands_on_path
 from safetensors.torch import load_file
 from test_training_finetune import arguments, losses, records
 
+from m3_conversion.signals import handling_signals
 from m3_training import stopping
 from m3_training.finetune import main
 from m3_training.trainer import M3Trainer
@@ -189,3 +190,18 @@ def test_two_processes_and_their_workers_stop_at_the_same_step(run, tmp_path):
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     assert f"the same command goes on from {checkpoint}" in error
     assert (checkpoint / "trainer_state.json").is_file()
+
+
+@NUMBERS
+def test_a_signal_during_a_destructor_is_not_lost(number):
+    class Sends:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt(signum)
+
+    with pytest.raises(KeyboardInterrupt) as stop, handling_signals(interrupt):
+        Sends()
+        time.sleep(10)
+    assert stop.value.args == (number,)

@@ -27,6 +27,9 @@ def test_by_hand():
     assert fewest == statistics.Choice((1 + 1 + 1 + 0 + 0.6 + 0.5) / 6, (1 + 9 + 1 + 1 + 9 + 36) / 6)
     assert finest == statistics.Choice((1 + 1 + 1 + 0 + 0.6 + 0.5) / 6, (1 + 9 + 1 + 36 + 9 + 36) / 6)
     assert statistics.oracle(SCORES, SCALES, threshold=0.7).tokens == (1 + 9 + 1 + 1 + 36 + 1) / 6
+    tiles = np.array([1, 2, 1, 1, 3, 2])
+    of_tiles = statistics.oracle(SCORES, tiles[:, None] * SCALES)
+    assert of_tiles.tokens == (1 + 2 * 9 + 1 + 1 + 3 * 9 + 2 * 36) / 6
     shares = statistics.shares_of_complexity(SCORES, SCALES)
     assert shares == {"1": 2 / 6, "9": 2 / 6, "36": 1 / 6, "never": 1 / 6}
     assert statistics.coarse_right_fine_wrong(SCORES).tolist() == [False, True, True, False, False, False]
@@ -70,27 +73,36 @@ def test_oracle_as_in_a_loop(rows):
 
 
 @pytest.mark.slow
-def test_intervals_hold_the_truth():
-    """Of 1,000 simulated data sets, each of: a share, a graded mean, a paired difference, the oracle's mean tokens."""
-    generator, held, size = np.random.default_rng(0), np.zeros(4), 300
-    patterns = np.array([[0, 0, 0], [0, 0, 1], [0, 1, 1], [1, 1, 1], [1, 0, 1], [0, 1, 0]])
-    shares = np.array([0.15, 0.2, 0.2, 0.3, 0.05, 0.1])
+@pytest.mark.parametrize("hard", [0.2, 0.03], ids=["many samples need detail", "few samples need detail"])
+def test_intervals_hold_the_truth(hard):
+    """Of 1,000 simulated data sets, each of: a share, a graded mean, two paired differences, the oracle's mean tokens."""
+    generator, held, size = np.random.default_rng(0), np.zeros(5), 300
+    scales = np.array([1, 9, 144])
+    patterns = np.array([[0, 0, 1], [0, 1, 1], [0, 0, 0], [1, 1, 1], [1, 0, 1], [0, 1, 0]])
+    shares = np.array([hard, hard, *(np.array([0.15, 0.3, 0.05, 0.1]) * (1 - 2 * hard) / 0.6)])
     means = shares @ patterns
-    tokens = np.array([1, 36, 9, 1, 1, 9])
+    tokens = np.array([144, 9, 1, 1, 1, 9])
     for _ in range(1000):
         drawn = generator.choice(len(patterns), size, p=shares)
         scores = patterns[drawn]
+        assert (scales[statistics.oracle_choice(scores)] == tokens[drawn]).all()
+        differences = statistics.difference_intervals(scores, resamples=400)
         graded = generator.beta(2, 3, size)
-        truths = means[0], 0.4, means[0] - means[2], shares @ tokens
-        own = statistics.intervals(scores)[0]
-        of_graded = statistics.intervals(graded[:, None], resamples=400)[0]
-        difference = statistics.difference_intervals(scores, resamples=400)[0]
-        chosen = statistics.oracle_choice(scores)
-        assert (np.array(SCALES)[chosen] == tokens[drawn]).all()
-        of_tokens = statistics.intervals(tokens[drawn][:, None], resamples=400)[0]
-        found = own, of_graded, difference, of_tokens
-        held += [low <= truth <= high for truth, (low, high) in zip(truths, found)]
+        found = {
+            means[0]: statistics.intervals(scores)[0],
+            0.4: statistics.intervals(graded[:, None], resamples=400)[0],
+            means[0] - means[2]: differences[0],
+            means[1] - means[2]: differences[1],
+            shares @ tokens: statistics.intervals(tokens[drawn][:, None], resamples=400)[0],
+        }
+        held += [low <= truth <= high for truth, (low, high) in found.items()]
     assert ((held >= 930) & (held <= 970)).all(), held
+
+
+def test_no_difference_in_a_few_samples_is_no_proof():
+    low, high = statistics.difference_intervals(np.ones((50, 2)))[0]
+    assert -low == high == pytest.approx(0.0713, abs=1e-4)
+    assert statistics.difference_intervals(np.ones((50, 2)))[1] == (0, 0)  # the reference
 
 
 def test_intervals_of_what_is_always_right_are_no_point():

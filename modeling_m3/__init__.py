@@ -21,6 +21,8 @@ __version__ = "0.1.0"
 
 # What travels with a checkpoint, next to its weights.
 REMOTE_CODE_FILES = (
+    "automatic_budget_m3.py",
+    "automatic_generation_m3.py",
     "configuration_m3.py",
     "generation_m3.py",
     "image_processing_m3.py",

@@ -25,8 +25,9 @@ from transformers.generation import CandidateGenerator
 from transformers.generation import utils as generation_utils
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .automatic_generation_m3 import AutomaticGeneration
 from .outputs_m3 import CACHE_NAME, M3LlavaEncodedImages
-from .visual_tokens import as_lists, check_num_visual_tokens
+from .visual_tokens import AUTO_NUMBER, as_lists, check_num_visual_tokens, laid_out
 
 
 # What describes images among the model's inputs. `generate` needs them for the first step only.
@@ -55,12 +56,19 @@ class M3LlavaGenerationMixin(GenerationMixin):
         Args:
             encoded_images: what `encode_images` returned, in place of `pixel_values`. With `num_visual_tokens` as the
                 prompt was made with it, several calls answer at several scales, and the vision tower runs no more.
+            auto_keep: where `num_visual_tokens` was "auto", the share of the finest scale's accuracy to keep, 0.99 by
+                default; or an attribute of the generation configuration. With `return_dict_in_generate`, the output has what
+                was chosen for each image, `num_visual_tokens`, and what all passes of each prompt took,
+                `visual_tokens_spent`.
 
         With a cache (`past_key_values`), images whose placeholders are in it may be given again or left out. Raises
         `ValueError` for other images than the prompt needs.
         """
         if CACHE_NAME != "cache" and "cache" in kwargs:  # Before 5.24: the newer name
             kwargs[CACHE_NAME] = kwargs.pop("cache")
+        keep = kwargs.pop("auto_keep", None)
+        if kwargs.get("num_visual_tokens") is not None and (numbers := self._automatic_numbers(kwargs)) is not None:
+            return self._generate_automatically(numbers, keep, encoded_images, *args, **kwargs)
         if encoded_images is not None:
             if kwargs.get("pixel_values") is not None:
                 raise ValueError(ONE_KIND_OF_IMAGES)
@@ -83,6 +91,46 @@ class M3LlavaGenerationMixin(GenerationMixin):
             kwargs["mm_encoder_outputs"] = {**own, "assistant": draws_on}
         return super().generate(*args, **kwargs)
 
+    def _automatic_numbers(self, kwargs: dict[str, Any]) -> list[int] | None:
+        """The numbers of visual tokens, where the model is to choose one of them."""
+        [numbers] = as_lists(kwargs["num_visual_tokens"])
+        return numbers if isinstance(numbers, list) and AUTO_NUMBER in numbers else None
+
+    def _generate_automatically(
+        self,
+        numbers: list[int],
+        keep: float | None,
+        encoded_images: M3LlavaEncodedImages | None,
+        inputs: torch.LongTensor | None = None,
+        generation_config: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        input_ids = kwargs.pop("input_ids", kwargs.pop("inputs", inputs))
+        if generation_config is not None:
+            kwargs["generation_config"] = generation_config
+        if input_ids is None or kwargs.get("inputs_embeds") is not None:
+            raise ValueError('num_visual_tokens="auto" needs input_ids, from which the prompt is laid out anew.')
+        if args or _length_of_cache(kwargs) or kwargs.pop("mm_encoder_outputs", None):
+            raise ValueError(
+                'num_visual_tokens="auto" cannot go on from a cache or from mm_encoder_outputs, whose visual tokens are chosen. '
+                "Give a number: what was chosen is num_visual_tokens of an output with return_dict_in_generate=True."
+            )
+        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
+        sampling = images.pop("visual_token_sampling", None)
+        images.pop("num_visual_tokens")
+        given = images.get("pixel_values") is not None
+        if given == (encoded_images is not None):
+            raise ValueError(ONE_KIND_OF_IMAGES)
+        encoded = {"image": encoded_images if encoded_images is not None else _encode(self, images, "encode_images")}
+        assistant = kwargs.get("assistant_model")
+        if given and hasattr(assistant, "encode_images"):
+            encoded["assistant"] = _encode(assistant, images, "encode_images")
+        if keep is None:
+            keep = getattr(kwargs.get("generation_config") or self.generation_config, "auto_keep", None)
+        mask = kwargs.pop("attention_mask", None)
+        return AutomaticGeneration(self, input_ids, mask, encoded, numbers, sampling, keep, kwargs)()
+
     def _without_cached_images(self, input_ids: torch.LongTensor, length: int, kwargs: dict) -> dict[str, Any]:
         """The arguments of `generate` without the images whose placeholders are among the `length` tokens of the cache."""
         mask = kwargs.get("attention_mask")
@@ -100,7 +148,8 @@ class M3LlavaGenerationMixin(GenerationMixin):
             _, layouts = self.config.image_tiles(
                 images["pixel_values"], sizes, grids, images.get("image_grid_pinpoints")
             )
-            scales = check_num_visual_tokens(scales, self.config.visual_token_scales, len(layouts))
+            offered = self.config.visual_token_scales
+            scales = check_num_visual_tokens(laid_out(scales, offered), offered, len(layouts))
             counts = [layout.count(scale) for layout, scale in zip(layouts, scales)]
             images |= {name: fact for name, fact in zip(PER_IMAGE, (sizes, grids, scales)) if fact is not None}
         if sum(counts) == sum(new):
@@ -212,12 +261,12 @@ def _length_of_cache(kwargs: dict[str, Any]) -> int | torch.Tensor:
 
 
 @torch.no_grad()
-def _encode(model: torch.nn.Module, images: dict[str, Any]) -> BaseModelOutputWithPooling:
+def _encode(model: torch.nn.Module, images: dict[str, Any], way: str = "get_image_features") -> Any:
     pixels = images["pixel_values"]
     pixels = (
         pixels.to(model.device) if isinstance(pixels, torch.Tensor) else [image.to(model.device) for image in pixels]
     )
-    return model.get_image_features(**images | {"pixel_values": pixels}, return_dict=True)
+    return getattr(model, way)(**images | {"pixel_values": pixels}, return_dict=True)
 
 
 def _images_after_cache(counts: list[int], cached: list[int], new: list[int]) -> list[int]:

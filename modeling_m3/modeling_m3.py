@@ -32,6 +32,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
 
+from .automatic_budget_m3 import M3LlavaAutomaticBudgetMixin
 from .configuration_m3 import M3LlavaConfig
 from .generation_m3 import ONE_KIND_OF_IMAGES, M3LlavaGenerationMixin
 from .loading_m3 import M3LlavaLoadingMixin
@@ -50,6 +51,7 @@ from .visual_tokens import (
     as_lists,
     check_choice,
     check_num_visual_tokens,
+    laid_out,
     pool_tiles,
 )
 
@@ -85,7 +87,7 @@ class M3LlavaMultiModalProjector(nn.Module):
 
 
 @auto_docstring
-class M3LlavaPreTrainedModel(M3LlavaLoadingMixin, PreTrainedModel):
+class M3LlavaPreTrainedModel(M3LlavaLoadingMixin, M3LlavaAutomaticBudgetMixin, PreTrainedModel):
     config: M3LlavaConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -185,7 +187,8 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         sampling = visual_token_sampling or self.config.visual_token_sampling
         check_choice("visual_token_sampling", sampling, SAMPLINGS)
         layouts, offered = encoded.layouts, self.config.visual_token_scales
-        scales = check_num_visual_tokens(*as_lists(num_visual_tokens), offered, len(layouts))
+        [numbers] = as_lists(num_visual_tokens)
+        scales = check_num_visual_tokens(laid_out(numbers, offered), offered, len(layouts))
         newline = self.image_newline
         if newline is not None:
             newline = newline.to(encoded.tile_features.device, encoded.tile_features.dtype)
@@ -419,6 +422,7 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
                 raise ValueError(ONE_KIND_OF_IMAGES)
             encoded = encoded_images
             sizes, grids, written = as_lists(image_sizes, image_tile_grids, num_visual_tokens)
+            written = laid_out(written, self.config.visual_token_scales)
             if pixel_values is not None:
                 encoded = self.model.encode_images(pixel_values, sizes, grids, image_grid_pinpoints)
             loss, scale_losses = matryoshka_loss(

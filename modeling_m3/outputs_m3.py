@@ -37,7 +37,8 @@ IMAGE_ARGUMENTS = r"""
     image_sizes (`torch.LongTensor` of shape `(images, 2)`, *optional*):
         (height, width) of the original images in pixels. Needed where the padding of tiles is cut off.
     num_visual_tokens (`torch.LongTensor` of shape `(images,)`, `list[int]` or `int`, *optional*):
-        Visual tokens per tile, for all images or for each. The finest scale by default.
+        Visual tokens per tile, for all images or for each. The finest scale by default, and where the processor wrote 0
+        for `"auto"`, among which `generate` chooses.
     visual_token_sampling (`str`, *optional*):
         `"average"`, `"spatial"` or `"sequential"`; the configuration's by default.
     image_tile_grids (`torch.LongTensor` of shape `(images, 2)`, *optional*):

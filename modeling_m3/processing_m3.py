@@ -27,6 +27,7 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 
 from .pictures import open_pictures
 from .visual_tokens import (
+    AUTO,
     MERGE_TYPES,
     ImageLayout,
     as_plain,
@@ -42,15 +43,15 @@ from .visual_tokens import (
 
 class M3LlavaImagesKwargs(ImagesKwargs, total=False):
     """
-    num_visual_tokens (`int` or `list[int]`, *optional*):
-        Visual tokens per tile: one number for all images, or one per image in reading order.
+    num_visual_tokens (`int`, `"auto"` or a list of them, *optional*):
+        Visual tokens per tile: one number for all images, or one per image in reading order. `"auto"`: the model chooses.
     image_grid_pinpoints (`list[list[int]]`, *optional*):
         (height, width) pairs in pixels that an image may be resized to before it is cut into tiles.
     image_mean, image_std (`float` or `list[float]`, *optional*):
         One number for all channels, or one for each.
     """
 
-    num_visual_tokens: int | list[int] | None
+    num_visual_tokens: int | str | list | None
     image_grid_pinpoints: list | tuple | None
     image_mean: Any
     image_std: Any
@@ -107,7 +108,7 @@ class M3LlavaProcessor(ProcessorMixin):
         patch_size (`int`, *optional*, defaults to 14): Pixels along one side of a patch of the vision tower.
         visual_token_scales (`list[int]`, *optional*): The numbers of visual tokens a tile may cost; as in the model's
             configuration. By default the paper's, for the grid of patches.
-        num_visual_tokens (`int`, *optional*): The number that is used where a call gives none; the finest by default.
+        num_visual_tokens (`int` or `"auto"`, *optional*): What is used where a call gives none; the finest by default.
         patch_merge_type (`str`, *optional*, defaults to `"flat"`): As in the model's configuration.
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`): As in the model's configuration.
         image_token (`str`, *optional*, defaults to `"<image>"`): The mark that stands for an image in a prompt.
@@ -123,7 +124,7 @@ class M3LlavaProcessor(ProcessorMixin):
         tokenizer: Any = None,
         patch_size: int = 14,
         visual_token_scales: list[int] | None = None,
-        num_visual_tokens: int | None = None,
+        num_visual_tokens: int | str | None = None,
         patch_merge_type: str = "flat",
         vision_feature_select_strategy: str = "default",
         image_token: str = "<image>",
@@ -141,7 +142,8 @@ class M3LlavaProcessor(ProcessorMixin):
         visual_token_scales = as_plain(visual_token_scales)
         check_scales(visual_token_scales, side)
         if num_visual_tokens is not None:
-            [num_visual_tokens] = check_num_visual_tokens([num_visual_tokens], visual_token_scales, num_images=1)
+            num_visual_tokens = as_plain(num_visual_tokens)
+            check_num_visual_tokens([num_visual_tokens], visual_token_scales, num_images=1, may_be_auto=True)
 
         self.auto_map = {"AutoProcessor": "processing_m3.M3LlavaProcessor"}  # as saving would set it
         self.patch_size = patch_size
@@ -167,7 +169,8 @@ class M3LlavaProcessor(ProcessorMixin):
             text: One prompt or a list, with one `<image>` per image. Where the tokenizer begins prompts with a token, so do
                 `input_ids`, once, whether or not the text is written with it.
             num_visual_tokens (`int` or `list[int]`, or numpy's or torch's, *optional*): What each image may cost, per tile: one of
-                `visual_token_scales` for all images, or a list with one per image in reading order.
+                `visual_token_scales` for all images, or a list with one per image in reading order. "auto" in place of a number
+                lays out the finest scale's placeholders and returns 0: `generate` chooses.
             image_grid_pinpoints (`list[list[int]]`, *optional*): Resolutions for this call, as (height, width).
             kwargs: Anything the tokenizer and the image processor take: `return_tensors`, `padding`, ...
 
@@ -188,6 +191,10 @@ class M3LlavaProcessor(ProcessorMixin):
         for given in (kwargs, kwargs.get("images_kwargs", {})):  # transformers would refuse numpy's and torch's numbers
             for name in given.keys() & {"num_visual_tokens", "image_grid_pinpoints"}:
                 given[name] = as_plain(given[name])
+        if any(given.get("return_text_replacement_offsets") for given in (kwargs, kwargs.get("text_kwargs", {}))):
+            numbers = {**kwargs, **kwargs.get("images_kwargs", {})}.get("num_visual_tokens")
+            kwargs["num_visual_tokens"] = self._number_for_an_engine(numbers)
+            kwargs.get("images_kwargs", {}).pop("num_visual_tokens", None)
         if text is not None:
             text = self._begin_once([text] if isinstance(text, str) else text, kwargs)
         return super().__call__(images=images, text=text, **kwargs)
@@ -254,7 +261,7 @@ class M3LlavaProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The placeholders of one image."""
-        scale = int(image_inputs["num_visual_tokens"][image_idx])
+        scale = int(image_inputs["num_visual_tokens"][image_idx]) or max(self.visual_token_scales)
         return self.image_token * self.image_layout(image_inputs, image_idx).count(scale)
 
     def image_layout(self, image_inputs: dict, image_idx: int) -> ImageLayout:
@@ -288,7 +295,8 @@ class M3LlavaProcessor(ProcessorMixin):
         """What images of these (height, width) cost, for serving engines: placeholders, and one entry of pixels each."""
         if image_sizes is None:
             return MultiModalData()
-        scales = self._scales(kwargs.get("num_visual_tokens"), len(image_sizes))
+        numbers = self._number_for_an_engine(kwargs.get("num_visual_tokens"))
+        scales = self._scales(numbers, len(image_sizes))
         pinpoints = kwargs.get("image_grid_pinpoints") or getattr(self.image_processor, "image_grid_pinpoints", None)
         grids = [pinpoints and tile_grid(size, pinpoints, self._tile_size) for size in image_sizes]
         counts = [self._layout(*facts).count(scale) for *facts, scale in zip(grids, image_sizes, scales)]
@@ -313,10 +321,22 @@ class M3LlavaProcessor(ProcessorMixin):
     def _tile_size(self) -> int:
         return self.image_processor.crop_size["height"]
 
-    def _scales(self, num_visual_tokens: int | list[int] | None, num_images: int) -> list[int]:
+    def _scales(self, num_visual_tokens: Any, num_images: int) -> list[int]:
         if num_visual_tokens is None:
             num_visual_tokens = self.num_visual_tokens
-        return check_num_visual_tokens(num_visual_tokens, self.visual_token_scales, num_images)
+        return check_num_visual_tokens(num_visual_tokens, self.visual_token_scales, num_images, may_be_auto=True)
+
+    def _number_for_an_engine(self, num_visual_tokens: Any) -> Any:
+        """What a serving engine, which has its own `generate`, takes: a default of "auto" counts as the finest scale."""
+        numbers = num_visual_tokens if isinstance(num_visual_tokens, (list, tuple)) else [num_visual_tokens]
+        if AUTO in numbers:
+            raise ValueError(
+                f"num_visual_tokens={num_visual_tokens!r}: only `generate` of transformers chooses by itself. Choose from "
+                f"{sorted(self.visual_token_scales)}."
+            )
+        if num_visual_tokens is None and self.num_visual_tokens == AUTO:
+            return max(self.visual_token_scales)
+        return num_visual_tokens
 
     def _layout(self, grid: Any, size: Any) -> ImageLayout:
         grid, size = (facts if facts is None else tuple(map(int, facts)) for facts in (grid, size))

@@ -35,6 +35,8 @@ import torch
 SAMPLINGS = ("average", "spatial", "sequential")
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 SELECT_STRATEGIES = ("default", "full")
+AUTO = "auto"  # in place of a number: the model chooses
+AUTO_NUMBER = 0  # what the processor writes for it
 MOST_TILES = 1024  # of an image: where callers may choose its resolution, one must not take all memory there is
 
 
@@ -171,10 +173,12 @@ def check_num_visual_tokens(
     scales: Sequence[int],
     num_images: int,
     name: str = "num_visual_tokens",
+    may_be_auto: bool = False,
 ) -> list[int]:
     """One scale per image from what a caller may pass: an int for all, a list with one per image, None for the finest.
 
-    Lists may be tuples, arrays or tensors, and numbers numpy's or torch's; what is returned is Python's own.
+    Lists may be tuples, arrays or tensors, and numbers numpy's or torch's; what is returned is Python's own. With `may_be_auto`,
+    "auto" may stand for a number, and becomes `AUTO_NUMBER`.
 
     Raises `ValueError` that gives the value by `name` and the allowed scales. The original rounds such values silently: 100
     becomes 144, 200 becomes 576.
@@ -184,11 +188,15 @@ def check_num_visual_tokens(
     num_visual_tokens = as_plain(num_visual_tokens)
     values = num_visual_tokens if isinstance(num_visual_tokens, list) else [num_visual_tokens]
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int) or value not in scales:
+        if may_be_auto and value == AUTO:
+            if len(scales) < 2:
+                raise ValueError(f'{name}={num_visual_tokens!r}: this checkpoint offers {scales[0]} alone, so there is no choice.')
+        elif isinstance(value, bool) or not isinstance(value, int) or value not in scales:
             raise ValueError(
                 f"{name}={num_visual_tokens!r}: {value!r} is not a number of visual tokens this checkpoint "
-                f"offers. Choose from {sorted(scales)}."
+                f"offers. Choose from {sorted(scales)}{', or auto' if may_be_auto else ''}."
             )
+    values = [AUTO_NUMBER if value == AUTO else value for value in values]
     if not isinstance(num_visual_tokens, list):
         return values * num_images
     if len(values) != num_images:
@@ -197,6 +205,13 @@ def check_num_visual_tokens(
             "for all images, or a list with one int per image in reading order."
         )
     return values
+
+
+def laid_out(numbers: Any, scales: Sequence[int]) -> Any:
+    """The numbers of visual tokens that the processor laid prompts out for: the finest scale where it wrote `AUTO_NUMBER`."""
+    if not isinstance(numbers, list):
+        return numbers
+    return [max(scales) if type(number) is int and number == AUTO_NUMBER else number for number in numbers]
 
 
 def as_plain(value: Any) -> Any:

@@ -1,0 +1,1 @@
+../automatic_budget_m3.py

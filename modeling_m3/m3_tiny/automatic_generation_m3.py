@@ -1,0 +1,1 @@
+../automatic_generation_m3.py

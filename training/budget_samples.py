@@ -1,0 +1,213 @@
+"""What the choice of visual tokens is fitted on: how right every question is answered at every scale, and what each pass knew.
+
+All questions about a picture share what their prompts begin with, the picture included, which is computed once for each scale.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaProcessor
+from modeling_m3.automatic_budget_m3 import Confidence, read_signals
+from modeling_m3.visual_tokens import expand_placeholders
+
+
+@dataclass
+class AskedPicture:
+    """One or several pictures, and questions about them; each question is asked alone.
+
+    Attributes:
+        pictures: as the image processor takes them.
+        questions: with one mark per picture in each, or none, where pictures come first.
+        answers: what counts as right, for each question.
+        kinds: of each question.
+        group: what is resampled together: questions about the same picture.
+    """
+
+    pictures: list[Any]
+    questions: list[str]
+    answers: list[list[str]]
+    kinds: list[str]
+    group: str
+
+
+@dataclass
+class Samples:
+    """Outcomes of n questions at s scales, with d-wide signals.
+
+    Attributes:
+        scales: (s,) ascending.
+        scores: (n, s) float32, between 0 and 1.
+        tokens: (n, s) visual tokens of each prompt.
+        signals: (n, s, d) float16, what the language model held at the end of the question.
+        confidences: (n, s, c) float32, of the answer, see `Confidence`.
+        kinds: (n,) kinds of questions.
+        groups: (n,) what each question is about.
+    """
+
+    scales: np.ndarray
+    scores: np.ndarray
+    tokens: np.ndarray
+    signals: np.ndarray
+    confidences: np.ndarray
+    kinds: np.ndarray
+    groups: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def rows(self, chosen: np.ndarray) -> "Samples":
+        """Some of the questions."""
+        kept = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Samples(**{name: value if name == "scales" else value[chosen] for name, value in kept.items()})
+
+    def save(self, file: Path) -> None:
+        """Writes them; kinds and groups as UTF-8."""
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in ("kinds", "groups"):
+            arrays[name] = np.frombuffer("\n".join(arrays[name]).encode(), dtype=np.uint8)
+        save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, file)
+
+    @classmethod
+    def load(cls, file: Path) -> "Samples":
+        arrays = load_file(file)
+        for name in ("kinds", "groups"):
+            arrays[name] = np.array(arrays[name].tobytes().decode().split("\n"))
+        return cls(**arrays)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Samples"]) -> "Samples":
+        """All questions of several."""
+        together = {
+            field.name: np.concatenate([getattr(part, field.name) for part in parts])
+            for field in fields(cls)
+            if field.name != "scales"
+        }
+        return cls(scales=parts[0].scales, **together)
+
+
+@torch.no_grad()
+def ask(
+    model: M3LlavaForConditionalGeneration,
+    processor: M3LlavaProcessor,
+    asked: AskedPicture,
+    score: Callable[[str, Sequence[str]], float],
+    max_new_tokens: int,
+) -> Samples:
+    """Answers all questions of a picture greedily at every scale.
+
+    Args:
+        score: of an answer and what counts as right, between 0 and 1.
+        max_new_tokens: of an answer.
+    """
+    scales = processor.visual_token_scales
+    prompts = [_prompt(processor, question, len(asked.pictures)) for question in asked.questions]
+    inputs = processor.image_processor(asked.pictures, return_tensors="pt")
+    encoded = model.encode_images(
+        inputs["pixel_values"].to(model.device), inputs.get("image_sizes"), inputs.get("image_tile_grids")
+    )
+    scores, tokens, signals, confidences = [], [], [], []
+    for scale in scales:
+        features = model.get_visual_tokens(encoded, scale)
+        counts = [len(image) for image in features]
+        rows = []
+        for prompt in prompts:
+            ids = [prompt[i] for i in expand_placeholders(prompt, processor.image_token_id, counts)]
+            rows.append(ids)
+        answers, signal, confidence = _answer(model, processor, rows, torch.cat(features), max_new_tokens)
+        scores.append([score(answer, right) for answer, right in zip(answers, asked.answers)])
+        tokens.append([sum(counts)] * len(rows))
+        signals.append(signal.half().cpu().numpy())
+        confidences.append(confidence.cpu().numpy())
+    return Samples(
+        scales=np.array(scales),
+        scores=np.array(scores, dtype=np.float32).T,
+        tokens=np.array(tokens, dtype=np.int32).T,
+        signals=np.stack(signals, axis=1),
+        confidences=np.stack(confidences, axis=1),
+        kinds=np.array(asked.kinds),
+        groups=np.array([asked.group] * len(prompts)),
+    )
+
+
+def _prompt(processor: M3LlavaProcessor, question: str, pictures: int) -> list[int]:
+    marks = [] if processor.image_token in question else [{"type": "image"}] * pictures
+    chat = [{"role": "user", "content": [*marks, {"type": "text", "text": question}]}]
+    [ids] = processor.tokenize_prompts([processor.apply_chat_template(chat, add_generation_prompt=True)])
+    return ids
+
+
+def _answer(
+    model: M3LlavaForConditionalGeneration,
+    processor: M3LlavaProcessor,
+    rows: list[list[int]],
+    features: torch.Tensor,
+    max_new_tokens: int,
+) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """Greedy answers, signals (n, d) and confidences (n, c) of prompts about the same pictures."""
+    device, language_model = model.device, model.model.language_model
+    shared = min(len(commonprefix(rows)), min(map(len, rows)) - 1)
+    longest = max(map(len, rows)) - shared
+    pad = processor.tokenizer.pad_token_id or 0
+    # What is padded stands between what is shared and the rest, so that all rows end together.
+    ids = torch.tensor([row[:shared] + [pad] * (longest + shared - len(row)) + row[shared:] for row in rows])
+    mask = torch.tensor(
+        [[1] * shared + [0] * (longest + shared - len(row)) + [1] * (len(row) - shared) for row in rows]
+    )
+    ids, mask = ids.to(device), mask.to(device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    embeds = model.get_input_embeddings()(ids)
+    images = (ids == processor.image_token_id) & mask.bool()
+    embeds[images] = features.to(embeds.dtype).repeat(len(rows), 1)[: images.sum()]
+    prefix = language_model(inputs_embeds=embeds[:1, :shared], position_ids=positions[:1, :shared], use_cache=True)
+    cache = prefix.past_key_values
+    cache.batch_repeat_interleave(len(rows))
+    output = language_model(
+        inputs_embeds=embeds[:, shared:],
+        attention_mask=mask,
+        position_ids=positions[:, shared:],
+        past_key_values=cache,
+        use_cache=True,
+        output_hidden_states=True,
+    )
+    signal = read_signals(output.hidden_states)
+    ends = model.generation_config.eos_token_id
+    ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=device)
+    confidence, done = Confidence(len(rows), device), torch.zeros(len(rows), dtype=torch.bool, device=device)
+    answers: list[list[int]] = [[] for _ in rows]
+    hidden, position = output.last_hidden_state[:, -1:], positions[:, -1:]
+    for _ in range(max_new_tokens):
+        logits = model.lm_head(hidden)[:, -1].float()
+        token = logits.argmax(-1)
+        confidence.add(logits, ~done)
+        for answer, new, over in zip(answers, token.tolist(), done.tolist()):
+            if not over:
+                answer.append(new)
+        done |= torch.isin(token, ends)
+        if done.all():
+            break
+        mask, position = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1), position + 1
+        output = language_model(
+            input_ids=token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+        )
+        hidden = output.last_hidden_state
+    texts = [processor.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+    return texts, signal, confidence.values()
+
+
+def ask_all(
+    model: M3LlavaForConditionalGeneration,
+    processor: M3LlavaProcessor,
+    pictures: Iterable[AskedPicture],
+    score: Callable[[str, Sequence[str]], float],
+    max_new_tokens: int,
+) -> Iterable[Samples]:
+    """What came of one picture after the other."""
+    for asked in pictures:
+        yield ask(model, processor, asked, score, max_new_tokens)

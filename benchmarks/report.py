@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from . import (
+    automatic_budget,
     conversion,
     evaluation,
     matryoshka_step,
@@ -32,6 +33,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "conversion": ("Conversion at real size, and loading", conversion.tables),
     "scaling": ("How cost grows", scaling.table),
     "one_encoding": ("One encoding for all budgets", one_encoding.table),
+    "automatic_budget": ("What the automatic budget costs in time", automatic_budget.table),
     "evaluation": ("An evaluation at every scale", evaluation.table),
     "quantization": ("Precision of weights", quantization.table),
     "quantized_answers": ("Right answers by precision", quantized_answers.table),

@@ -17,6 +17,10 @@ def ask() -> int | None:
     return _run("m3-ask", "modeling_m3.__main__")
 
 
+def budget() -> int | None:
+    return _run("m3-budget", "m3_training.budget")
+
+
 def cache() -> int | None:
     return _run("m3-cache", "modeling_m3.cache_command")
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import statistics
 from .paper_tables import printed
-from .runs import Run, Sample, read_run, read_samples, read_task
+from .runs import AUTO_NUMBER, Run, Sample, read_run, read_samples, read_task
 
 
 def analyze(
@@ -74,9 +74,11 @@ def _one(
         raise ValueError(f"--metric {metric!r}: {name} has {', '.join(task.overall)}.")
     if not task.higher_is_better.get(metric, True):
         raise ValueError(f"--metric {metric!r}: of {name}, less is better, so no score is sufficient. Choose another.")
-    scores, scales = np.array([sample.scores[metric] for sample in samples], dtype=float), run.scales
+    scores = np.array([sample.scores[metric] for sample in samples], dtype=float)
     means = scores.mean(0)
     visual = np.array([sample.visual_tokens for sample in samples], dtype=int)
+    chosen = run.scales == [AUTO_NUMBER]  # by the model, at whatever that cost
+    scales = [float(visual.mean())] if chosen else run.scales
     texts = np.array([sample.text_tokens for sample in samples], dtype=int)
     flops = _flops(run, visual, texts)
     own, differences = (
@@ -102,7 +104,7 @@ def _one(
         "checkpoint": run.checkpoint,
         "scales": [
             {
-                "num_visual_tokens": scale,
+                "num_visual_tokens": "auto" if chosen else scale,
                 "visual_tokens": float(visual[:, index].mean()),
                 "score": float(means[index]),
                 "interval": own[index],

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaProcessor
 from modeling_m3.outputs_m3 import M3LlavaEncodedImages
 from modeling_m3.pictures import open_pictures
-from modeling_m3.visual_tokens import ImageLayout, check_num_visual_tokens, expand_placeholders
+from modeling_m3.visual_tokens import AUTO, AUTO_NUMBER, ImageLayout, check_num_visual_tokens, expand_placeholders
 
 
 KEPT_BYTES = 2 * 10**9
@@ -42,7 +42,7 @@ class Answer:
 
     Attributes:
         text: without special tokens, and nothing around it.
-        visual_tokens: of all pictures in the prompt.
+        visual_tokens: of all pictures in the prompt; where the model chose, of all passes.
         text_tokens: of the rest of the prompt.
         answer_tokens: before the end of the turn.
     """
@@ -103,18 +103,23 @@ class Answerer:
         self._kept: OrderedDict[str, tuple[ImageLayout, torch.Tensor]] = OrderedDict()
         self._held = 0  # bytes
 
-    def scales(self, wanted: Sequence[int] | None = None) -> list[int]:
-        """The scales to answer at, ascending; all that the checkpoint offers by default. Raises `ValueError` for others."""
+    def scales(self, wanted: Sequence[int | str] | None = None) -> list[int]:
+        """The scales to answer at, ascending; all that the checkpoint offers by default, and `AUTO_NUMBER` alone for ["auto"].
+
+        Raises `ValueError` for others.
+        """
         offered = self.processor.visual_token_scales
+        if wanted == [AUTO]:
+            return check_num_visual_tokens([AUTO], offered, 1, may_be_auto=True)
         return sorted(set(check_num_visual_tokens(list(wanted or offered), offered, len(wanted or offered))))
 
     @torch.no_grad()
-    def answer(self, chats: Sequence[Chat], scales: Sequence[int], **generation: Any) -> list[list[Answer]]:
+    def answer(self, chats: Sequence[Chat], scales: Sequence[int | str], **generation: Any) -> list[list[Answer]]:
         """Answers of one batch.
 
         Args:
             chats: messages of each prompt, as `apply_chat_template` takes them, with the pictures in them.
-            scales: visual tokens per tile.
+            scales: visual tokens per tile, or "auto".
             generation: arguments of `generate`.
 
         Returns:
@@ -124,17 +129,23 @@ class Answerer:
         ends = self.model.generation_config.eos_token_id
         ends = {*(ends if isinstance(ends, list) else [ends]), self.processor.tokenizer.pad_token_id}
         answers: list[list[Answer]] = [[] for _ in prompts]
-        for scale in scales:
+        for asked in scales:
+            automatic = asked in (AUTO, AUTO_NUMBER)
+            scale = max(self.processor.visual_token_scales) if automatic else int(asked)
             rows = [torch.tensor(self._expanded(prompt, scale)) for prompt in prompts]
             inputs = self._inputs(rows, "left")
-            images = self._images(prompts)
+            images, spent = self._images(prompts), [prompt.visual_tokens(scale) for prompt in prompts]
             if images:
-                images |= {"num_visual_tokens": scale, "visual_token_sampling": self.sampling}
-            output = self.model.generate(**inputs, **images, **generation)[:, inputs["input_ids"].shape[1] :].tolist()
-            for prompt, row, found in zip(prompts, output, answers):
+                numbers = [AUTO_NUMBER if automatic else scale] * len(images["encoded_images"].layouts)
+                images |= {"num_visual_tokens": numbers, "visual_token_sampling": self.sampling}
+            output = self.model.generate(**inputs, **images, **generation, return_dict_in_generate=True)
+            if images and automatic:
+                spent = output.visual_tokens_spent.tolist()
+            sequences = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+            for prompt, row, visual_tokens, found in zip(prompts, sequences, spent, answers):
                 length = next((index for index, token in enumerate(row) if token in ends), len(row))
                 text = self.processor.decode(row, skip_special_tokens=True).strip()
-                found.append(Answer(text, prompt.visual_tokens(scale), prompt.text_tokens(), length))
+                found.append(Answer(text, visual_tokens, prompt.text_tokens(), length))
         return answers
 
     @torch.no_grad()
@@ -142,6 +153,10 @@ class Answerer:
         self, chats: Sequence[Chat], continuations: Sequence[str], scales: Sequence[int]
     ) -> list[list[Likelihood]]:
         """How likely each continuation is as the answer to its chat, at each scale; shapes as in `answer`."""
+        if AUTO_NUMBER in scales or AUTO in scales:
+            raise NotImplementedError(
+                "This task compares likelihoods of given answers, by which no number of visual tokens can be chosen: give numbers."
+            )
         prompts = [self._prompt(chat, continuation) for chat, continuation in zip(chats, continuations)]
         found: list[list[Likelihood]] = [[] for _ in prompts]
         for scale in scales:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -9,8 +10,8 @@ DECIDING = ("*.json", "*.jinja", "*.model", "*.safetensors")
 START_OF_A_TENSOR = 2**14
 
 
-def fingerprint(folder: str | Path) -> str:
-    """Of configurations, tokenizer and weights, 64 hexadecimal digits; cards and code do not count.
+def fingerprint(folder: str | Path, without: Collection[str] = ()) -> str:
+    """Of configurations, tokenizer and weights, 64 hexadecimal digits; cards, code and files named `without` do not count.
 
     Of weights, names, types and shapes are read and the first 16 KiB of every tensor: 14 GB take no longer than 14 MB, and
     whatever trained a part of the model changed it there.
@@ -19,7 +20,9 @@ def fingerprint(folder: str | Path) -> str:
         ValueError: where the folder has no `config.json`, no weights in safetensors, or a file of weights is none.
     """
     folder, digest = Path(folder), hashlib.sha256()
-    files = sorted({file for pattern in DECIDING for file in folder.glob(pattern)})
+    files = sorted(
+        {file for pattern in DECIDING for file in folder.glob(pattern)} - {folder / name for name in without}
+    )
     if not (folder / "config.json").is_file() or not any(file.suffix == ".safetensors" for file in files):
         raise ValueError(f"{folder} is no checkpoint: it lacks config.json or *.safetensors.")
     for file in files:

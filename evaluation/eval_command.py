@@ -18,7 +18,7 @@ import modeling_m3
 from m3_conversion.__main__ import VERSION
 from modeling_m3.any_checkpoint import find
 from modeling_m3.checkpoint import read_config
-from modeling_m3.visual_tokens import SAMPLINGS
+from modeling_m3.visual_tokens import AUTO, SAMPLINGS
 
 from .answering import KEPT_BYTES, Answer, Answerer
 from .asking import ask_all
@@ -57,7 +57,7 @@ def evaluate(
         typer.Option(help="By which answers to --data are meant to be judged."),
     ] = "exact_match",
     scales: Annotated[
-        str | None, typer.Option(help="Numbers of visual tokens, as 9,36. All of the checkpoint's by default.")
+        str | None, typer.Option(help="Numbers of visual tokens, as 9,36; or auto. All of the checkpoint's by default.")
     ] = None,
     limit: Annotated[float | None, typer.Option(help="Questions of every task, or their share below 1.", min=0)] = None,
     include_path: Annotated[
@@ -258,14 +258,16 @@ def _ask(
 
 def _line(task: Task, samples: list[Sample], scales: list[int]) -> str:
     means = [sum(sample.scores[task.metric][i] for sample in samples) / len(samples) for i in range(len(scales))]
-    shown = ", ".join(f"{100 * mean:.1f} at {scale}" for scale, mean in zip(scales, means))
+    shown = ", ".join(f"{100 * mean:.1f} at {scale or AUTO}" for scale, mean in zip(scales, means))
     return f"{task.name}: {task.metric} of {task.samples} questions, %: {shown}"
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str) -> list[int | str]:
+    if text == AUTO:
+        return [AUTO]
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--scales {text!r}: give numbers of visual tokens joined by commas, as 9,36.")
+        raise ValueError(f"--scales {text!r}: give numbers of visual tokens joined by commas, as 9,36, or auto.")
     return [int(part) for part in parts]
 
 

@@ -37,7 +37,7 @@ class M3(lmms):
 
     Args:
         pretrained: a folder or a Hub id, as `modeling_m3.load` takes it.
-        num_visual_tokens: per tile; the checkpoint's default if left out.
+        num_visual_tokens: per tile, or "auto"; the checkpoint's default if left out.
         image_grid_pinpoints: HEIGHTxWIDTH in pixels, several joined by "+"; the checkpoint's if left out.
         visual_token_sampling: the checkpoint's if left out.
         batch_size: prompts at once.
@@ -56,7 +56,7 @@ class M3(lmms):
     def __init__(
         self,
         pretrained: str,
-        num_visual_tokens: int | None = None,
+        num_visual_tokens: int | str | None = None,
         image_grid_pinpoints: str | None = None,
         visual_token_sampling: str | None = None,
         batch_size: int | str | None = 1,

@@ -187,7 +187,10 @@ def _plots(name: str, runs: dict[str, Any], folder: Path) -> list[Path]:
     files = []
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     for run, entry in runs.items():
-        scales = [scale["num_visual_tokens"] for scale in entry["scales"]]
+        scales = [
+            scale["visual_tokens" if scale["num_visual_tokens"] == "auto" else "num_visual_tokens"]
+            for scale in entry["scales"]
+        ]
         scores = [100 * scale["score"] for scale in entry["scales"]]
         low, high = zip(*([100 * edge for edge in scale["interval"]] for scale in entry["scales"]))
         errors = [[max(0, a - b) for a, b in zip(scores, low)], [max(0, b - a) for a, b in zip(scores, high)]]

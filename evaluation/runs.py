@@ -19,6 +19,9 @@ from typing import Any
 FORMAT = 1
 
 
+AUTO_NUMBER = 0  # as the processor writes it for "auto"
+
+
 @dataclass(frozen=True)
 class Sample:
     """One question, and what came of it at every scale; lists are in the order of `Run.scales`.
@@ -77,7 +80,7 @@ class Run:
         checkpoint: its name, as it was given.
         fingerprint: of its files; runs of the same checkpoint have the same.
         config: its config.json.
-        scales: visual tokens per tile, ascending.
+        scales: visual tokens per tile, ascending; `AUTO_NUMBER` alone where the model chose.
         tasks: names, in the order they were asked for.
         settings: what else answers depend on: precision, sampling, pinpoints, limits, the data's fingerprint.
         versions: of the packages that took part. Nothing is decided by them.

@@ -23,6 +23,7 @@ from transformers.utils import logging
 import modeling_m3
 from modeling_m3.pictures import open_pictures
 from modeling_m3.processing_m3 import MAKES_TEXT_PLAIN
+from modeling_m3.visual_tokens import AUTO, AUTO_NUMBER
 
 from .any_checkpoint import M3Checkpoint, find
 
@@ -83,10 +84,15 @@ def ask(
         str | None, typer.Option(help="A branch, tag or commit of the Hub's repository that --model names.")
     ] = None,
     num_visual_tokens: Annotated[
-        int | None,
-        typer.Option(help="Visual tokens the picture may cost, per tile. The checkpoint's default if left out."),
+        str | None,
+        typer.Option(
+            help="Visual tokens the picture may cost, per tile, or auto: as many as the question needs. The checkpoint's "
+            "default if left out."
+        ),
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Answer at every scale of the checkpoint.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Answer at every scale of the checkpoint, and by auto.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer, in tokens, at most.")] = 256,
     device: Annotated[
         str | None, typer.Option(help="Where to run: cpu, cuda, ..., auto for all there are. The GPU if there is one.")
@@ -101,6 +107,7 @@ def ask(
     """Answers a question about a picture, at the number of visual tokens you choose."""
     if compare and num_visual_tokens is not None:
         raise typer.BadParameter("--compare answers at every number of visual tokens: leave --num-visual-tokens out")
+    number = int(num_visual_tokens) if num_visual_tokens and num_visual_tokens.isdecimal() else num_visual_tokens
     if model is None and not quiet:
         print(f"m3-ask: {M3_TINY}", file=sys.stderr)
     try:
@@ -109,7 +116,7 @@ def ask(
             image,
             prompt,
             lambda: find(name, quantize=quantize, dtype=dtype, revision=revision),
-            num_visual_tokens,
+            number,
             compare,
             max_new_tokens,
             device,
@@ -129,7 +136,7 @@ def _ask(
     image: str,
     prompt: str,
     find_checkpoint: Callable[[], M3Checkpoint],
-    num_visual_tokens: int | None,
+    num_visual_tokens: int | str | None,
     compare: bool,
     max_new_tokens: int,
     device: str | None,
@@ -151,7 +158,7 @@ def _ask(
             f"The question holds {written[0]}, which is no text to a checkpoint: transformers 5.24 can ask it as text."
         )
 
-    def prepare(scale: int | None) -> Any:
+    def prepare(scale: int | str | None) -> Any:
         return processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
@@ -167,19 +174,28 @@ def _ask(
     model = AutoModelForImageTextToText.from_pretrained(
         checkpoint.name, **checkpoint.model_arguments, device_map=device
     )
-    trained, asked = model.config.trained_scales, {int(scale) for scale in inputs["num_visual_tokens"]}
+    trained, asked = model.config.trained_scales, {int(scale) for scale in inputs["num_visual_tokens"]} - {AUTO_NUMBER}
     if trained is not None and not quiet and not asked <= {*trained}:
         print(f"m3-ask: {NOT_TRAINED.format(', '.join(map(str, trained)))}", file=sys.stderr)
 
     def answer(
         inputs: Any, show: bool, max_new_tokens: int = max_new_tokens, **images: Any
-    ) -> tuple[_Answer, float, float]:
+    ) -> tuple[_Answer, float, float, Any]:
         streamer, start = _Answer(processor, show), time.perf_counter()
-        model.generate(**inputs.to(model.device), **images, max_new_tokens=max_new_tokens, streamer=streamer)
-        return streamer, streamer.first_token_at - start, time.perf_counter() - start
+        output = model.generate(
+            **inputs.to(model.device),
+            **images,
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            return_dict_in_generate=True,
+        )
+        return streamer, streamer.first_token_at - start, time.perf_counter() - start, output
 
     if not compare:
-        answer(inputs, show=True)
+        *_, output = answer(inputs, show=True)
+        if AUTO_NUMBER in inputs["num_visual_tokens"].tolist():
+            chosen, spent = output.num_visual_tokens.item(), output.visual_tokens_spent.item()
+            print(f"m3-ask: chose {chosen} visual tokens; all passes together took {spent}", file=sys.stderr)
         return
     scales = sorted(processor.visual_token_scales)
     answer(prepare(scales[0]), show=False, max_new_tokens=1)  # warm up: the first call is slower
@@ -188,11 +204,13 @@ def _ask(
         encoded = model.encode_images(images["pixel_values"], images.get("image_sizes"), images["image_tile_grids"])
     print(f"encoded once in {time.perf_counter() - start:.3f} s")
     print("visual tokens  first token    total  answer")
-    for scale in scales:
+    for scale in [*scales, *([AUTO] if len(scales) > 1 else [])]:
         inputs = prepare(scale)
         inputs.pop("pixel_values")
+        streamer, first, total, output = answer(inputs, show=False, encoded_images=encoded)
         tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
-        streamer, first, total = answer(inputs, show=False, encoded_images=encoded)
+        if scale == AUTO:
+            tokens = f"{AUTO}: {output.visual_tokens_spent.item()}"
         row = f"{tokens:>13}  {first:>9.3f} s  {total:>4.3f} s  "
         print(row + textwrap.fill(" ".join(streamer.text.split()), 80).replace("\n", "\n" + " " * len(row)))
 

@@ -106,6 +106,7 @@ class AutomaticBudget:
         width: of the signals that it reads.
         probe_tokens: how much of an answer is looked at before it is kept or thrown away.
         sure: an answer that is as likely right as this before it is given, is not looked at.
+        keep: the share of the finest scale's accuracy that is kept where nobody asks for another.
         prices: for each share of accuracy to keep, ascending, the price of 1,000 visual tokens before an answer and after it.
         before: from signals (b, width) to logits of a right answer at each scale, (b, s).
         after: by scale of the answer, from those logits and its confidence to better ones.
@@ -118,12 +119,13 @@ class AutomaticBudget:
         width: int,
         probe_tokens: int,
         sure: float,
+        keep: float,
         prices: list[tuple[float, float, float]],
         before: Network,
         after: dict[int, Network],
     ):
         self.scales, self.start, self.width = scales, start, width
-        self.probe_tokens, self.sure, self.prices = probe_tokens, sure, prices
+        self.probe_tokens, self.sure, self.keep, self.prices = probe_tokens, sure, keep, prices
         self.before, self.after = before, after
 
     def first_choice(self, signals: torch.Tensor, keep: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -165,7 +167,10 @@ class AutomaticBudget:
     def to_bytes(self) -> bytes:
         """The content of `AUTOMATIC_BUDGET_FILE`. Numbers of networks are stored in float16."""
         stored = {
-            **{name: getattr(self, name) for name in ("scales", "start", "width", "probe_tokens", "sure", "prices")},
+            **{
+                name: getattr(self, name)
+                for name in ("scales", "start", "width", "probe_tokens", "sure", "keep", "prices")
+            },
             "before": _encoded(self.before),
             "after": {str(scale): _encoded(network) for scale, network in self.after.items()},
         }
@@ -187,7 +192,9 @@ class AutomaticBudget:
             }
             return cls(**stored, **networks)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{name} is no choice that m3-budget stored: {error}. Fit it anew, or remove it.") from error
+            raise ValueError(
+                f"{name} is no choice that m3-budget stored: {error}. Fit it anew, or remove it."
+            ) from error
 
 
 class UnfittedBudget:
@@ -196,7 +203,7 @@ class UnfittedBudget:
     Coarse first, then the second finest scale, then the finest: careful, and dearer than a fitted choice.
     """
 
-    probe_tokens = 16
+    probe_tokens, keep = 16, DEFAULT_KEEP
 
     def __init__(self, scales: list[int]):
         self.scales = sorted(scales)

@@ -32,7 +32,7 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
-from .automatic_budget_m3 import DEFAULT_KEEP, AutomaticBudget, Confidence, UnfittedBudget, read_signals
+from .automatic_budget_m3 import AutomaticBudget, Confidence, UnfittedBudget, read_signals
 from .outputs_m3 import CACHE_NAME, M3LlavaEncodedImages
 from .visual_tokens import ImageLayout
 
@@ -150,20 +150,24 @@ class AutomaticGeneration:
         self.sampling, self.settings = sampling, settings
         offered = model.config.visual_token_scales
         if len(offered) < 2:
-            raise ValueError(f'num_visual_tokens="auto": this checkpoint offers {offered[0]} alone, so there is no choice.')
-        self.keep = DEFAULT_KEEP if keep is None else keep
-        if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
-            raise ValueError(f"auto_keep={keep!r}: give the share of accuracy to keep, above 0 and up to 1, as 0.99.")
+            raise ValueError(
+                f'num_visual_tokens="auto": this checkpoint offers {offered[0]} alone, so there is no choice.'
+            )
         self.choice: AutomaticBudget | UnfittedBudget = model.automatic_budget or UnfittedBudget(offered)
         if isinstance(self.choice, UnfittedBudget):
             logger.warning_once(
                 'num_visual_tokens="auto": no choice was fitted for this checkpoint, so a careful rule is used, which takes '
                 "more tokens. m3-budget fits one: docs/automatic-budget.md."
             )
+        self.keep = self.choice.keep if keep is None else keep
+        if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
+            raise ValueError(f"auto_keep={keep!r}: give the share of accuracy to keep, above 0 and up to 1, as 0.99.")
         self.finest = max(offered)
         self.prompts = self._read(attention_mask)
         if settings.get("streamer") is not None and len(self.prompts) > 1:
-            raise ValueError("streamer: with automatic budgets, prompts of a batch do not answer in step. Give it one prompt.")
+            raise ValueError(
+                "streamer: with automatic budgets, prompts of a batch do not answer in step. Give it one prompt."
+            )
         self.image_token_id = model.config.image_token_id
         chosen = [prompt for prompt in self.prompts if any(prompt.automatic)]
         self.shared = self._shared(chosen)
@@ -191,7 +195,9 @@ class AutomaticGeneration:
                 for prompt, choice in zip(unsure, choices):
                     prompt.scale = int(choice)
             staying = [prompt for prompt in here if prompt.scale == scale]
-            computed = [prompt for prompt in staying if done is not None and any(prompt is held for held in done.prompts)]
+            computed = [
+                prompt for prompt in staying if done is not None and any(prompt is held for held in done.prompts)
+            ]
             self._answer(computed, scale, done)
             self._answer([prompt for prompt in staying if not any(prompt is held for held in computed)], scale)
         return self._joined()
@@ -371,7 +377,9 @@ class AutomaticGeneration:
                 return first
         joined: dict[str, Any] = {"sequences": sequences}
         for name, value in first.items():
-            steps = isinstance(value, tuple) and all(isinstance(step, torch.Tensor) and step.ndim == 2 for step in value)
+            steps = isinstance(value, tuple) and all(
+                isinstance(step, torch.Tensor) and step.ndim == 2 for step in value
+            )
             if isinstance(value, torch.Tensor) and value.ndim == 1:
                 joined[name] = torch.stack([part.output[name][row] for part, row in order])
             elif steps and name in ("scores", "logits"):

@@ -190,7 +190,9 @@ def check_num_visual_tokens(
     for value in values:
         if may_be_auto and value == AUTO:
             if len(scales) < 2:
-                raise ValueError(f'{name}={num_visual_tokens!r}: this checkpoint offers {scales[0]} alone, so there is no choice.')
+                raise ValueError(
+                    f"{name}={num_visual_tokens!r}: this checkpoint offers {scales[0]} alone, so there is no choice."
+                )
         elif isinstance(value, bool) or not isinstance(value, int) or value not in scales:
             raise ValueError(
                 f"{name}={num_visual_tokens!r}: {value!r} is not a number of visual tokens this checkpoint "

@@ -16,6 +16,7 @@ from conftest import GOLDENS, commands_on_path, picture
 
 import modeling_m3
 from m3_evaluation import own_data
+from m3_evaluation.analyze_command import app as analyze_app
 from m3_evaluation.answering import Answerer
 from m3_evaluation.asking import ask_all
 from m3_evaluation.eval_command import app
@@ -177,6 +178,22 @@ def test_own_data(my_data, tmp_path):
     before = (tmp_path / "run" / "tasks" / "my" / "samples.jsonl").read_bytes()
     run("--data", my_data, "--output", tmp_path / "run", "--batch-size", 4)  # all is there: nothing is asked again
     assert (tmp_path / "run" / "tasks" / "my" / "samples.jsonl").read_bytes() == before
+
+
+def test_the_model_may_choose(m3_tiny, scenes, my_data, tmp_path):
+    chats = [user(question.text, shown) for shown, question in scenes[:12]]
+    answerer = Answerer(*m3_tiny)
+    [found] = zip(*answerer.answer(chats, ["auto"], **SETTINGS))
+    assert [answer.text for answer in found] == [answerer.answer([chat], ["auto"], **SETTINGS)[0][0].text for chat in chats]
+    assert len({answer.visual_tokens for answer in found}) > 1 and min(answer.visual_tokens for answer in found) == 9
+    with pytest.raises(NotImplementedError, match="likelihoods"):
+        answerer.likelihoods(chats[:1], ["yes"], answerer.scales(["auto"]))
+    run("--data", my_data, "--output", tmp_path / "run", "--scales", "auto")
+    assert read_run(tmp_path / "run").scales == [0]
+    analyze_app([str(tmp_path / "run"), "--output", str(tmp_path / "report")], standalone_mode=False)
+    [entry] = json.loads((tmp_path / "report" / "results.json").read_text())["tasks"]["my"].values()
+    [scale] = entry["scales"]
+    assert scale["num_visual_tokens"] == "auto" and scale["visual_tokens"] >= 9
 
 
 @pytest.mark.slow

@@ -10,10 +10,12 @@ from conftest import GOLDENS, picture
 from hub_server import TOKEN, Hub, running_hub
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load
+from test_automatic_budget import random_choice
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from m3_conversion.__main__ import main
 from modeling_m3 import REMOTE_CODE_FILES
+from modeling_m3.automatic_budget_m3 import AUTOMATIC_BUDGET_FILE
 
 
 NAME = "someone/m3-tiny"
@@ -82,11 +84,18 @@ def test_a_conversion_goes_to_the_hub_and_comes_back(hub, tmp_path, capsys):
     assert f'checkpoint = "{NAME}"\n' in ModelCard(sent["README.md"].decode()).text
     assert NAME not in hub.private
 
+    # A choice of visual tokens is fitted later.
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "new")
+    choice = random_choice(
+        sorted(model.config.visual_token_scales), 2 * model.config.text_config.hidden_size
+    ).to_bytes()
+    hub.commits[NAME].append({**sent, AUTOMATIC_BUDGET_FILE: choice})
+    pinned, sent = hub.sha(NAME), hub.files(NAME)
+
     # Then someone replaces the code: who has pinned a revision goes on with the code they trust.
     hub.commits[NAME].append({**sent, "modeling_m3.py": b"raise SystemExit('replaced')"})
     answer = use(hub, tmp_path / "home", pinned, again="someone/again")
     assert not hub.unknown
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "new")
     processor = AutoProcessor.from_pretrained(tmp_path / "new")
     inputs = processor(
         images=picture("photo_400x266.png"),
@@ -99,7 +108,7 @@ def test_a_conversion_goes_to_the_hub_and_comes_back(hub, tmp_path, capsys):
     # What model and processor of that user sent: all that the next one needs.
     again = hub.files("someone/again")
     assert {"README.md", "tokenizer.json", "processor_config.json", *REMOTE_CODE_FILES} <= again.keys()
-    assert all(again[name] == sent[name] for name in REMOTE_CODE_FILES)
+    assert all(again[name] == sent[name] for name in (*REMOTE_CODE_FILES, AUTOMATIC_BUDGET_FILE))
     assert load(again["model.safetensors"]).keys() == load(sent["model.safetensors"]).keys()
     assert json.loads(again["config.json"])["auto_map"] == json.loads(sent["config.json"])["auto_map"]
 

@@ -108,30 +108,45 @@ def test_simple_interface_answers_the_same(tasks, run):
 
 
 @pytest.mark.parametrize(
-    "way", [{"load_in_4bit": True}, {"image_grid_pinpoints": "336x672+672x336"}], ids=["4bit", "tiles"]
+    "way",
+    [
+        {"load_in_4bit": True, "num_visual_tokens": 9},
+        {"image_grid_pinpoints": "336x672+672x336", "num_visual_tokens": 9},
+        {"num_visual_tokens": "auto"},
+    ],
+    ids=["4bit", "tiles", "auto"],
 )
 def test_as_generate_answers(way, tasks, converted):
-    """In four bits, and with other tiles than the checkpoint's: as each question answered alone by `generate`."""
+    """In four bits, with other tiles than the checkpoint's, at chosen numbers: as each question answered alone by `generate`."""
     from m3_training.m3_tiny.data import held_out_scenes
 
-    name = "llava-next-m3" if "image_grid_pinpoints" in way else "llava15-m3"
-    found = plugin(tasks, "m3_scenes", limit=3, pretrained=converted[name], num_visual_tokens=9, batch_size=3, **way)
-    model, processor = modeling_m3.load(converted[name], quantize="nf4" if "load_in_4bit" in way else None)
+    name = converted["llava-next-m3" if "image_grid_pinpoints" in way else "llava15-m3"]
+    name = TINY if way["num_visual_tokens"] == "auto" else name
+    found = plugin(tasks, "m3_scenes", limit=7, pretrained=name, batch_size=3, **way)["m3_scenes"]
+    model, processor = modeling_m3.load(name, quantize="nf4" if "load_in_4bit" in way else None)
     tiles = {"image_grid_pinpoints": [[336, 672], [672, 336]]} if "image_grid_pinpoints" in way else {}
     [(picture, questions)] = held_out_scenes(1)
-    for question, answer in zip(questions, answers(found["m3_scenes"]), strict=False):
+    spent = set()
+    for question, sample, answer in zip(questions, found, answers(found), strict=True):
         content = [{"type": "image", "image": picture}, {"type": "text", "text": question.text}]
-        chat = [{"role": "user", "content": content}]
         inputs = processor.apply_chat_template(
-            chat,
+            [{"role": "user", "content": content}],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"num_visual_tokens": 9, **tiles},
+            processor_kwargs={"num_visual_tokens": way["num_visual_tokens"], **tiles},
         )
-        output = model.generate(**inputs.to(model.device), max_new_tokens=16, do_sample=False)
-        assert processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == answer
+        output = model.generate(
+            **inputs.to(model.device), max_new_tokens=16, do_sample=False, return_dict_in_generate=True
+        )
+        new = output.sequences[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(new, skip_special_tokens=True).strip() == answer
+        if way["num_visual_tokens"] == "auto":
+            text_tokens = (inputs["input_ids"] != processor.image_token_id).sum()
+            assert sample["token_counts"][0]["input_tokens"] == output.visual_tokens_spent.item() + text_tokens
+            spent.add(output.visual_tokens_spent.item())
+    assert way["num_visual_tokens"] != "auto" or len(spent) > 1
 
 
 def test_a_cached_run_goes_on(tasks, tmp_path, monkeypatch):

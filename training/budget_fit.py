@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from modeling_m3.automatic_budget_m3 import (
+    DEFAULT_KEEP,
     AutomaticBudget,
     Network,
     choose_after,
@@ -20,14 +21,15 @@ from modeling_m3.automatic_budget_m3 import (
     probability,
 )
 
-from .budget_samples import Samples
+from .budget_samples import PROBE_TOKENS, Samples
 
 
 FOLDS = 4
 ENSEMBLE = 3  # networks whose mean is one network, three times as wide
-SURE = 0.97
-PROBE_TOKENS = 8
+SURE = 0.99
 KEEPS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 1.0)
+LEAST, WIDEST = 500, 0.05  # questions, and half the width of an interval of the share that is kept
+LEAST_GAIN = 0.02  # of the finest scale over the first pass
 PRICES = np.geomspace(0.01, 8, 25)
 
 
@@ -46,22 +48,55 @@ class Predicted:
 
 @dataclass
 class Outcome:
-    """What a choice came to: score, tokens of all passes and answers looked at, (n,) each."""
+    """What a choice came to, (n,) each.
+
+    Attributes:
+        score: of the answer.
+        tokens: visual tokens of all passes.
+        scale: index of the one that is answered at.
+        path: the passes, as "9 36? 576": at 9, at 36 whose answer was looked at, at 576.
+    """
 
     score: np.ndarray
     tokens: np.ndarray
-    looks: np.ndarray
     scale: np.ndarray
+    path: np.ndarray
+
+
+def check_labelled(samples: Samples, start: int) -> None:
+    """Raises `ValueError` where questions are too few to tell what is kept, or none of them needs more tokens."""
+    finest, first = samples.scores[:, -1], samples.scores[:, list(samples.scales).index(start)]
+    weights = equal_weights(samples.kinds)
+    if (finest * weights).sum() - (first * weights).sum() < LEAST_GAIN:
+        raise ValueError(
+            f"At {samples.scales[-1]} visual tokens these questions are answered {(finest * weights).sum():.1%} right, at {start} "
+            f"{(first * weights).sum():.1%}: none needs detail, so there is nothing to choose. Add questions that do."
+        )
+    # Of the share that is kept, where each question weighs the same; pictures are taken to be independent.
+    deviation = np.std(finest - first) / np.mean(finest)
+    width = 1.96 * deviation / np.sqrt(len(samples))
+    if width > WIDEST or len(samples) < LEAST:
+        needed = max(LEAST, int(np.ceil((1.96 * deviation / WIDEST) ** 2)))
+        raise ValueError(
+            f"{len(samples)} questions tell the share of accuracy that is kept to {100 * width:.1f} points: at least {needed} are "
+            f"needed, for {100 * WIDEST:g} points."
+        )
 
 
 def fit(
-    samples: Samples, start: int, keeps: Sequence[float] = KEEPS, seed: int = 0, progress: Callable[[int], object] = int
+    samples: Samples,
+    start: int,
+    keep: float = DEFAULT_KEEP,
+    keeps: Sequence[float] = KEEPS,
+    seed: int = 0,
+    progress: Callable[[int], object] = int,
 ) -> tuple[AutomaticBudget, Predicted]:
     """The choice, and what was predicted for each question without it.
 
     Args:
         samples: of all questions.
         start: the scale of the first pass.
+        keep: the share that is kept where a user asks for none.
         keeps: shares of the finest scale's score for which prices are chosen.
         seed: of the networks and of the folds.
         progress: is told of every network that is fitted, `number_of_networks` in all.
@@ -69,14 +104,14 @@ def fit(
     scales = [int(scale) for scale in samples.scales]
     first, weights = scales.index(start), equal_weights(samples.kinds)
     predicted = _out_of_fold(samples, first, weights, seed, progress)
-    before = _network(samples.signals[:, first].astype(np.float32), samples.scores, weights, 48, 30, seed, progress)
+    before = _network(samples.signals.astype(np.float32), samples.scores, weights, 48, 30, seed, progress)
     after = {}
     for index in range(first, len(scales) - 1):
         features = features_after(predicted.before, samples.confidences[:, index])
-        after[scales[index]] = _network(features, samples.scores, weights, 16, 20, seed, progress)
+        after[scales[index]] = _network(features, samples.scores, weights, 32, 60, seed, progress)
     prices = choose_prices(samples, predicted, first, weights, keeps)
-    width = samples.signals.shape[2]
-    choice = AutomaticBudget(scales, start, width, PROBE_TOKENS, SURE, prices, before, after)
+    width = samples.signals.shape[1]
+    choice = AutomaticBudget(scales, start, width, PROBE_TOKENS, SURE, keep, prices, before, after)
     return AutomaticBudget.from_bytes(choice.to_bytes(), "what was fitted"), predicted  # rounded as it is stored
 
 
@@ -93,10 +128,11 @@ def equal_weights(kinds: np.ndarray) -> np.ndarray:
 
 def predict(choice: AutomaticBudget, samples: Samples) -> Predicted:
     """What a fitted choice says of questions."""
-    first = choice.scales.index(choice.start)
-    before = choice.before(samples.signals[:, first].astype(np.float32))
+    before = choice.before(samples.signals.astype(np.float32))
     after = {
-        choice.scales.index(scale): probability(network(features_after(before, samples.confidences[:, choice.scales.index(scale)])))
+        choice.scales.index(scale): probability(
+            network(features_after(before, samples.confidences[:, choice.scales.index(scale)]))
+        )
         for scale, network in choice.after.items()
     }
     return Predicted(before, after)
@@ -108,14 +144,16 @@ def outcome(samples: Samples, predicted: Predicted, first: int, prices: tuple[fl
     chances = probability(predicted.before)
     scale = choose_before(chances, scales, first, prices[0])
     tokens = samples.tokens[:, first] + np.where(scale == first, 0, samples.tokens[rows, scale])
-    looks = np.zeros(len(samples))
+    names = np.array([f" {number}" for number in scales], dtype="U40")
+    path = np.char.add(str(scales[first]), np.where(scale == first, "", names[scale]))
     unsure = chances[rows, scale] < SURE
     for index in range(first, len(scales) - 1):
         looked = (scale == index) & unsure
         choice = np.where(looked, choose_after(predicted.after[index], scales, index, prices[1]), scale)
         tokens = tokens + np.where(choice != scale, samples.tokens[rows, choice], 0)
-        looks, scale = looks + looked, choice
-    return Outcome(samples.scores[rows, scale], tokens, looks, scale)
+        path = np.char.add(np.char.add(path, np.where(looked, "?", "")), np.where(choice != scale, names[choice], ""))
+        scale = choice
+    return Outcome(samples.scores[rows, scale], tokens, scale, path)
 
 
 def choose_prices(
@@ -123,21 +161,30 @@ def choose_prices(
 ) -> list[tuple[float, float, float]]:
     """For each share to keep, ascending, the prices before and after an answer that keep it with the fewest tokens.
 
-    The two prices are a path: for each price of the best mean of both, the ratio between them is the same.
+    What is kept must exceed the share by a standard error, so that fewer questions to fit on take more tokens. Where no prices
+    do, tokens are free.
     """
-    full = (samples.scores[:, -1] * weights).sum()
     table = []
     for ratio in np.geomspace(0.1, 4, 9):
         for price in PRICES:
             found = outcome(samples, predicted, first, (price, price * ratio))
-            table.append(((found.score * weights).sum() / full, (found.tokens * weights).sum(), price, price * ratio))
-    finest = 0.0
+            kept, error = kept_share(samples, found.score, weights)
+            table.append((kept - error, (found.tokens * weights).sum(), price, price * ratio))
     chosen = []
     for keep in sorted(keeps):
         enough = [row for row in table if row[0] >= keep]
-        _, _, before, after = min(enough, key=lambda row: row[1]) if enough else (0, 0, finest, finest)
+        _, _, before, after = min(enough, key=lambda row: row[1]) if enough else (0, 0, 0.0, 0.0)
         chosen.append((float(keep), float(before), float(after)))
     return chosen
+
+
+def kept_share(samples: Samples, score: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """The share of the finest scale's score that scores (n,) keep, and its standard error, where pictures are independent."""
+    finest = samples.scores[:, -1]
+    full = (finest * weights).sum()
+    kept = (score * weights).sum() / full
+    by_picture = np.bincount(np.unique(samples.groups, return_inverse=True)[1], weights * (score - kept * finest))
+    return float(kept), float(np.sqrt((by_picture**2).sum()) / full)
 
 
 def _out_of_fold(
@@ -145,7 +192,7 @@ def _out_of_fold(
 ) -> Predicted:
     groups, index = np.unique(samples.groups, return_inverse=True)
     folds = np.random.default_rng(seed).permutation(len(groups))[index] % FOLDS
-    signals, scales = samples.signals[:, first].astype(np.float32), len(samples.scales)
+    signals, scales = samples.signals.astype(np.float32), len(samples.scales)
     before = np.zeros((len(samples), scales), dtype=np.float32)
     for fold in range(FOLDS):
         seen = folds != fold
@@ -157,7 +204,7 @@ def _out_of_fold(
         after[answered] = np.zeros((len(samples), scales))
         for fold in range(FOLDS):
             seen = folds != fold
-            network = _network(features[seen], samples.scores[seen], weights[seen], 16, 20, seed, progress)
+            network = _network(features[seen], samples.scores[seen], weights[seen], 32, 60, seed, progress)
             after[answered][~seen] = probability(network(features[~seen]))
     return Predicted(before, after)
 

@@ -3,11 +3,10 @@
 All questions about a picture share what their prompts begin with, the picture included, which is computed once for each scale.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,37 +14,24 @@ from safetensors.numpy import load_file, save_file
 
 from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaProcessor
 from modeling_m3.automatic_budget_m3 import Confidence, read_signals
+from modeling_m3.outputs_m3 import CACHE_NAME
 from modeling_m3.visual_tokens import expand_placeholders
 
+from .budget_data import AskedPictures
 
-@dataclass
-class AskedPicture:
-    """One or several pictures, and questions about them; each question is asked alone.
 
-    Attributes:
-        pictures: as the image processor takes them.
-        questions: with one mark per picture in each, or none, where pictures come first.
-        answers: what counts as right, for each question.
-        kinds: of each question.
-        group: what is resampled together: questions about the same picture.
-    """
-
-    pictures: list[Any]
-    questions: list[str]
-    answers: list[list[str]]
-    kinds: list[str]
-    group: str
+PROBE_TOKENS = 8  # of an answer, that are looked at before it is kept
 
 
 @dataclass
 class Samples:
-    """Outcomes of n questions at s scales, with d-wide signals.
+    """Outcomes of n questions at s scales, with signals of width w.
 
     Attributes:
         scales: (s,) ascending.
         scores: (n, s) float32, between 0 and 1.
         tokens: (n, s) visual tokens of each prompt.
-        signals: (n, s, d) float16, what the language model held at the end of the question.
+        signals: (n, w) float16, what the language model held at the end of the question after the coarse pass.
         confidences: (n, s, c) float32, of the answer, see `Confidence`.
         kinds: (n,) kinds of questions.
         groups: (n,) what each question is about.
@@ -96,15 +82,19 @@ class Samples:
 def ask(
     model: M3LlavaForConditionalGeneration,
     processor: M3LlavaProcessor,
-    asked: AskedPicture,
-    score: Callable[[str, Sequence[str]], float],
+    asked: AskedPictures,
+    score: Callable[[str, list[str]], float],
     max_new_tokens: int,
+    start: int,
+    probe_tokens: int = PROBE_TOKENS,
 ) -> Samples:
     """Answers all questions of a picture greedily at every scale.
 
     Args:
         score: of an answer and what counts as right, between 0 and 1.
         max_new_tokens: of an answer.
+        start: the scale of the coarse pass.
+        probe_tokens: of an answer, whose confidence is noted.
     """
     scales = processor.visual_token_scales
     prompts = [_prompt(processor, question, len(asked.pictures)) for question in asked.questions]
@@ -112,7 +102,7 @@ def ask(
     encoded = model.encode_images(
         inputs["pixel_values"].to(model.device), inputs.get("image_sizes"), inputs.get("image_tile_grids")
     )
-    scores, tokens, signals, confidences = [], [], [], []
+    scores, tokens, confidences, signals = [], [], [], np.empty(0)
     for scale in scales:
         features = model.get_visual_tokens(encoded, scale)
         counts = [len(image) for image in features]
@@ -120,16 +110,17 @@ def ask(
         for prompt in prompts:
             ids = [prompt[i] for i in expand_placeholders(prompt, processor.image_token_id, counts)]
             rows.append(ids)
-        answers, signal, confidence = _answer(model, processor, rows, torch.cat(features), max_new_tokens)
+        answers, signal, confidence = _answer(model, processor, rows, torch.cat(features), max_new_tokens, probe_tokens)
         scores.append([score(answer, right) for answer, right in zip(answers, asked.answers)])
         tokens.append([sum(counts)] * len(rows))
-        signals.append(signal.half().cpu().numpy())
+        if scale == start:
+            signals = signal.half().cpu().numpy()
         confidences.append(confidence.cpu().numpy())
     return Samples(
         scales=np.array(scales),
         scores=np.array(scores, dtype=np.float32).T,
         tokens=np.array(tokens, dtype=np.int32).T,
-        signals=np.stack(signals, axis=1),
+        signals=signals,
         confidences=np.stack(confidences, axis=1),
         kinds=np.array(asked.kinds),
         groups=np.array([asked.group] * len(prompts)),
@@ -149,6 +140,7 @@ def _answer(
     rows: list[list[int]],
     features: torch.Tensor,
     max_new_tokens: int,
+    probe_tokens: int,
 ) -> tuple[list[str], torch.Tensor, torch.Tensor]:
     """Greedy answers, signals (n, d) and confidences (n, c) of prompts about the same pictures."""
     device, language_model = model.device, model.model.language_model
@@ -166,14 +158,14 @@ def _answer(
     images = (ids == processor.image_token_id) & mask.bool()
     embeds[images] = features.to(embeds.dtype).repeat(len(rows), 1)[: images.sum()]
     prefix = language_model(inputs_embeds=embeds[:1, :shared], position_ids=positions[:1, :shared], use_cache=True)
-    cache = prefix.past_key_values
+    cache = getattr(prefix, CACHE_NAME)
     cache.batch_repeat_interleave(len(rows))
     output = language_model(
         inputs_embeds=embeds[:, shared:],
         attention_mask=mask,
         position_ids=positions[:, shared:],
-        past_key_values=cache,
         use_cache=True,
+        **{CACHE_NAME: cache},
         output_hidden_states=True,
     )
     signal = read_signals(output.hidden_states)
@@ -182,10 +174,11 @@ def _answer(
     confidence, done = Confidence(len(rows), device), torch.zeros(len(rows), dtype=torch.bool, device=device)
     answers: list[list[int]] = [[] for _ in rows]
     hidden, position = output.last_hidden_state[:, -1:], positions[:, -1:]
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         logits = model.lm_head(hidden)[:, -1].float()
         token = logits.argmax(-1)
-        confidence.add(logits, ~done)
+        if step < probe_tokens:
+            confidence.add(logits, ~done)
         for answer, new, over in zip(answers, token.tolist(), done.tolist()):
             if not over:
                 answer.append(new)
@@ -194,20 +187,8 @@ def _answer(
             break
         mask, position = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1), position + 1
         output = language_model(
-            input_ids=token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+            input_ids=token[:, None], attention_mask=mask, position_ids=position, use_cache=True, **{CACHE_NAME: cache}
         )
         hidden = output.last_hidden_state
     texts = [processor.decode(answer, skip_special_tokens=True).strip() for answer in answers]
     return texts, signal, confidence.values()
-
-
-def ask_all(
-    model: M3LlavaForConditionalGeneration,
-    processor: M3LlavaProcessor,
-    pictures: Iterable[AskedPicture],
-    score: Callable[[str, Sequence[str]], float],
-    max_new_tokens: int,
-) -> Iterable[Samples]:
-    """What came of one picture after the other."""
-    for asked in pictures:
-        yield ask(model, processor, asked, score, max_new_tokens)

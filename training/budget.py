@@ -1,0 +1,173 @@
+"""`m3-budget --model_name_or_path DIR --data_path FILE`: fits the choice behind `num_visual_tokens="auto"` and stores it.
+
+Every question is answered at every scale, once; the output folder keeps what came of it, so that the same command goes on where
+it was stopped, and another `--keep`, seed or network is fitted in moments. Nothing of the model changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+import modeling_m3
+from m3_evaluation.checkpoints import fingerprint
+from m3_evaluation.own_data import METRICS
+from modeling_m3.automatic_budget_m3 import AUTOMATIC_BUDGET_FILE
+from modeling_m3.checkpoint import check_checkpoint
+
+from .budget_data import AskedPictures, read_labelled
+from .budget_fit import KEEPS, check_labelled, fit, number_of_networks
+from .budget_report import curve, write_report
+from .budget_samples import Samples, ask
+
+
+PART = 50  # pictures whose outcomes are written together
+
+
+@dataclass
+class BudgetArguments:
+    """Fits the choice behind num_visual_tokens="auto" for a checkpoint and stores it beside its weights."""
+
+    model_name_or_path: str = field(metadata={"help": "The folder of an M3 checkpoint. The choice is stored in it."})
+    data_path: str = field(
+        metadata={"help": "Labelled questions: LLaVA's JSON or JSONL, or a JSONL as m3-eval --data takes it."}
+    )
+    output_dir: str = field(metadata={"help": "Where answers are kept, and the curve is written."})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "What paths of images are relative to; the data file's folder by default."}
+    )
+    keep: list[float] = field(
+        default_factory=lambda: [0.99],
+        metadata={"help": "Shares of the finest scale's accuracy to keep. The first is what auto_keep is by default."},
+    )
+    start: int | None = field(
+        default=None, metadata={"help": "Visual tokens of the first pass; the second coarsest scale by default."}
+    )
+    metric: str = field(default="exact_match", metadata={"help": f"By which answers count: {', '.join(METRICS)}."})
+    max_new_tokens: int = field(default=16, metadata={"help": "Length of an answer, in tokens, at most."})
+    limit: int | None = field(default=None, metadata={"help": "Of the questions, the first so many pictures' alone."})
+    seed: int = field(default=0, metadata={"help": "Of the networks, and of the folds they are judged on."})
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(f"--metric {self.metric!r}: choose from {', '.join(METRICS)}.")
+        if not self.keep or not all(0 < keep <= 1 for keep in self.keep):
+            raise ValueError(f"--keep {self.keep}: give shares above 0 and up to 1, as 0.99.")
+        for name in ("max_new_tokens", "limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: give a number from 1.")
+
+
+def fit_budget(arguments: BudgetArguments) -> Path:
+    """Asks, fits, stores and reports. Returns the file that was stored.
+
+    Raises:
+        ValueError: the folder is no M3 checkpoint, what is wrong with the data, or too few questions to tell.
+    """
+    folder, output = Path(arguments.model_name_or_path), Path(arguments.output_dir)
+    check_checkpoint(folder)
+    asked = read_labelled(arguments.data_path, arguments.image_folder)[: arguments.limit]
+    model, processor = modeling_m3.load(folder)
+    scales = sorted(processor.visual_token_scales)
+    if len(scales) < 2:
+        raise ValueError(f"{folder} offers {scales[0]} visual tokens alone, so there is nothing to choose.")
+    start = scales[min(1, len(scales) - 2)] if arguments.start is None else arguments.start
+    if start not in scales[:-1]:
+        raise ValueError(f"--start {start}: choose from {scales[:-1]}.")
+    samples = _ask_all(model.eval(), processor, asked, arguments, start, output)
+    check_labelled(samples, start)
+    keeps = sorted({*KEEPS, *arguments.keep})
+    with tqdm(total=number_of_networks(scales, start), desc="networks", disable=not sys.stderr.isatty()) as progress:
+        choice, predicted = fit(samples, start, arguments.keep[0], keeps, arguments.seed, progress.update)
+    model.automatic_budget = choice
+    model._save_automatic_budget(folder)
+    result = {
+        "command": "m3-budget " + " ".join(f"--{name} {_shown(value)}" for name, value in asdict(arguments).items()),
+        **curve(samples, predicted, choice),
+    }
+    write_report(result, output)
+    return folder / AUTOMATIC_BUDGET_FILE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command. Returns its exit status: 0, or 1 where one line on stderr says what is wrong."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--version" in arguments:
+        print(f"m3-hf {modeling_m3.__version__}")
+        return 0
+    try:
+        [parsed] = HfArgumentParser(BudgetArguments, prog="m3-budget").parse_args_into_dataclasses(arguments)
+        file = fit_budget(parsed)
+    except (ValueError, OSError, SafetensorError, HfHubHTTPError) as error:
+        print(f"m3-budget: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print(Path(parsed.output_dir, "README.md").read_text(encoding="utf-8"))
+    print(f"m3-budget: wrote {file}; the curve is in {parsed.output_dir}")
+    return 0
+
+
+def _ask_all(
+    model: modeling_m3.M3LlavaForConditionalGeneration,
+    processor: modeling_m3.M3LlavaProcessor,
+    asked: list[AskedPictures],
+    arguments: BudgetArguments,
+    start: int,
+    output: Path,
+) -> Samples:
+    """The outcomes of all questions, those of before from the output folder."""
+    score, folder = METRICS[arguments.metric], output / "samples"
+    about = {
+        "checkpoint": fingerprint_without_choice(Path(arguments.model_name_or_path)),
+        "data": hashlib.sha256(Path(arguments.data_path).read_bytes()).hexdigest(),
+        **{name: getattr(arguments, name) for name in ("metric", "max_new_tokens", "limit")},
+        "start": start,
+    }
+    file = output / "asked.json"
+    if file.is_file() and (before := json.loads(file.read_text(encoding="utf-8"))) != about:
+        differs = next(name for name in about if before.get(name) != about[name])
+        raise ValueError(f"--output_dir {output} holds answers of another {differs}: give another folder.")
+    if not file.is_file() and output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"--output_dir {output} has other files: give a new folder, or one of a run that was stopped.")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    parts = []
+    with tqdm(total=sum(len(group.questions) for group in asked), desc="questions", unit="") as progress:
+        for begin in range(0, len(asked), PART):
+            part = folder / f"{begin:07}.safetensors"
+            if not part.is_file():
+                found = []
+                for group in asked[begin : begin + PART]:
+                    found.append(ask(model, processor, group, score, arguments.max_new_tokens, start))
+                    progress.update(len(group.questions))
+                unfinished = part.with_suffix(".part")
+                Samples.joined(found).save(unfinished)
+                os.replace(unfinished, part)
+            else:
+                progress.update(sum(len(group.questions) for group in asked[begin : begin + PART]))
+            parts.append(Samples.load(part))
+    return Samples.joined(parts)
+
+
+def fingerprint_without_choice(folder: Path) -> str:
+    """Of a checkpoint, whether or not a choice was stored in it."""
+    return fingerprint(folder, without=(AUTOMATIC_BUDGET_FILE,))
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        raise SystemExit(main())

@@ -160,7 +160,7 @@ class AutomaticBudget:
         """Raises `ValueError` unless this was fitted for a model of these scales and this width of signals."""
         if self.scales != sorted(scales) or self.width != width:
             raise ValueError(
-                f"{AUTOMATIC_BUDGET_FILE} of {name} was fitted for scales {self.scales} and hidden states of "
+                f"{name} was fitted for scales {self.scales} and hidden states of "
                 f"{self.width // 2}, this model has {sorted(scales)} and {width // 2}. Fit it anew by m3-budget, or remove it."
             )
 
@@ -252,10 +252,10 @@ def choose_after(chances: np.ndarray, scales: list[int], index: int, price: floa
 
 
 class M3LlavaAutomaticBudgetMixin:
-    """Keeps the choice with the model: read when it is first needed, stored wherever the model is."""
+    """Keeps the choice with the model: what is stored is understood when it is first needed, and goes wherever the model goes."""
 
-    _automatic_budget: AutomaticBudget | None = None
-    _automatic_budget_source: tuple[str, dict[str, Any]] | None = None  # where it was loaded from
+    _automatic_budget: Any = None
+    _stored_automatic_budget: tuple[str, bytes] | None = None  # of which file, and its content
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -265,7 +265,15 @@ class M3LlavaAutomaticBudgetMixin:
         found = {name: kwargs[name] for name in places if kwargs.get(name) is not None}
         if getattr(model.config, "_commit_hash", None) is not None:
             found["revision"] = model.config._commit_hash
-        model._automatic_budget_source = (model.config._name_or_path, found)
+        file = cached_file(
+            model.config._name_or_path,
+            AUTOMATIC_BUDGET_FILE,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,  # the weights were there: offline, from the cache
+            **found,
+        )
+        if file is not None:
+            model._stored_automatic_budget = file, Path(file).read_bytes()
         return loaded
 
     @property
@@ -275,26 +283,16 @@ class M3LlavaAutomaticBudgetMixin:
         Raises:
             ValueError: what is stored is no choice, or one for another model.
         """
-        if self._automatic_budget_source is not None:
-            name, places = self._automatic_budget_source
-            file = cached_file(
-                name,
-                AUTOMATIC_BUDGET_FILE,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-                **places,
-            )
-            if file is not None:
-                choice = AutomaticBudget.from_bytes(Path(file).read_bytes(), file)
-                text = self.config.text_config
-                choice.check(self.config.visual_token_scales, 2 * text.hidden_size, name)
-                self._automatic_budget = choice
-            self._automatic_budget_source = None
+        if self._automatic_budget is None and self._stored_automatic_budget is not None:
+            file, content = self._stored_automatic_budget
+            choice = AutomaticBudget.from_bytes(content, file)
+            choice.check(self.config.visual_token_scales, 2 * self.config.text_config.hidden_size, file)
+            self._automatic_budget = choice
         return self._automatic_budget
 
     @automatic_budget.setter
     def automatic_budget(self, choice: AutomaticBudget | None) -> None:
-        self._automatic_budget, self._automatic_budget_source = choice, None
+        self._automatic_budget, self._stored_automatic_budget = choice, None
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -306,11 +304,14 @@ class M3LlavaAutomaticBudgetMixin:
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _save_automatic_budget(self, folder: Path) -> None:
-        file, choice = folder / AUTOMATIC_BUDGET_FILE, self.automatic_budget
-        if choice is None:
+        file = folder / AUTOMATIC_BUDGET_FILE
+        if self._stored_automatic_budget is not None:
+            _, content = self._stored_automatic_budget
+        elif self._automatic_budget is not None:
+            content = self._automatic_budget.to_bytes()
+        else:
             file.unlink(missing_ok=True)  # another model's
             return
-        content = choice.to_bytes()
         if file.is_file() and file.read_bytes() == content:
             return
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:

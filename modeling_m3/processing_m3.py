@@ -328,8 +328,8 @@ class M3LlavaProcessor(ProcessorMixin):
 
     def _number_for_an_engine(self, num_visual_tokens: Any) -> Any:
         """What a serving engine, which has its own `generate`, takes: a default of "auto" counts as the finest scale."""
-        numbers = num_visual_tokens if isinstance(num_visual_tokens, (list, tuple)) else [num_visual_tokens]
-        if AUTO in numbers:
+        num_visual_tokens = as_plain(num_visual_tokens)
+        if AUTO in (num_visual_tokens if isinstance(num_visual_tokens, list) else [num_visual_tokens]):
             raise ValueError(
                 f"num_visual_tokens={num_visual_tokens!r}: only `generate` of transformers chooses by itself. Choose from "
                 f"{sorted(self.visual_token_scales)}."

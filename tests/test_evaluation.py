@@ -184,7 +184,9 @@ def test_the_model_may_choose(m3_tiny, scenes, my_data, tmp_path):
     chats = [user(question.text, shown) for shown, question in scenes[:12]]
     answerer = Answerer(*m3_tiny)
     [found] = zip(*answerer.answer(chats, ["auto"], **SETTINGS))
-    assert [answer.text for answer in found] == [answerer.answer([chat], ["auto"], **SETTINGS)[0][0].text for chat in chats]
+    assert [answer.text for answer in found] == [
+        answerer.answer([chat], ["auto"], **SETTINGS)[0][0].text for chat in chats
+    ]
     assert len({answer.visual_tokens for answer in found}) > 1 and min(answer.visual_tokens for answer in found) == 9
     with pytest.raises(NotImplementedError, match="likelihoods"):
         answerer.likelihoods(chats[:1], ["yes"], answerer.scales(["auto"]))

@@ -141,7 +141,7 @@ class AutomaticBudget:
         """
         logits = self.before(signals.cpu().numpy())
         chances = probability(logits)
-        choice = choose_before(chances, self.scales, self.scales.index(self.start), self.price(keep)[0])
+        choice = best_scale(chances, self.scales, self.scales.index(self.start), self.price(keep)[0])
         unsure = chances[np.arange(len(choice)), choice] < self.sure
         return logits, np.array(self.scales)[choice], unsure & (choice < len(self.scales) - 1)
 
@@ -149,7 +149,7 @@ class AutomaticBudget:
         """The scales (b,) to answer at after the beginning of an answer at `scale`: that one, or finer ones."""
         features = features_after(logits, confidence.cpu().numpy())
         chances, index = probability(self.after[scale](features)), self.scales.index(scale)
-        return np.array(self.scales)[choose_after(chances, self.scales, index, self.price(keep)[1])]
+        return np.array(self.scales)[best_scale(chances, self.scales, index, self.price(keep)[1])]
 
     def price(self, keep: float) -> tuple[float, float]:
         """Before and after an answer, between those that were fitted; outside of them, the nearest."""
@@ -230,24 +230,15 @@ def features_after(logits: np.ndarray, confidence: np.ndarray) -> np.ndarray:
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def choose_before(chances: np.ndarray, scales: list[int], start: int, price: float) -> np.ndarray:
-    """The index (b,) of the scale to answer at, given chances (b, s), the index of the first pass, and a price.
+def best_scale(chances: np.ndarray, scales: list[int], here: int, price: float) -> np.ndarray:
+    """The index (b,) of the scale to answer at, given chances (b, s) of a right answer at each.
 
-    Staying costs nothing more; any other scale its own tokens, per 1,000 the price.
+    To stay at index `here` costs nothing more; a finer scale costs its own tokens, per 1,000 the price; none is coarser.
     """
     costs = np.array(scales, dtype=float) / 1000
-    costs[start] = 0
+    costs[here] = 0
     worth = chances - price * costs
-    worth[:, :start] = -np.inf
-    return worth.argmax(1)
-
-
-def choose_after(chances: np.ndarray, scales: list[int], index: int, price: float) -> np.ndarray:
-    """The index (b,) of the scale to answer at, given an answer at `index` and the chances (b, s) that follow from it."""
-    costs = np.array(scales, dtype=float) / 1000
-    costs[index] = 0
-    worth = chances - price * costs
-    worth[:, :index] = -np.inf
+    worth[:, :here] = -np.inf
     return worth.argmax(1)
 
 

@@ -15,8 +15,7 @@ from modeling_m3.automatic_budget_m3 import (
     DEFAULT_KEEP,
     AutomaticBudget,
     Network,
-    choose_after,
-    choose_before,
+    best_scale,
     features_after,
     probability,
 )
@@ -142,14 +141,14 @@ def outcome(samples: Samples, predicted: Predicted, first: int, prices: tuple[fl
     """What comes of the decisions at these prices."""
     scales, rows = [int(scale) for scale in samples.scales], np.arange(len(samples))
     chances = probability(predicted.before)
-    scale = choose_before(chances, scales, first, prices[0])
+    scale = best_scale(chances, scales, first, prices[0])
     tokens = samples.tokens[:, first] + np.where(scale == first, 0, samples.tokens[rows, scale])
     names = np.array([f" {number}" for number in scales], dtype="U40")
     path = np.char.add(str(scales[first]), np.where(scale == first, "", names[scale]))
     unsure = chances[rows, scale] < SURE
     for index in range(first, len(scales) - 1):
         looked = (scale == index) & unsure
-        choice = np.where(looked, choose_after(predicted.after[index], scales, index, prices[1]), scale)
+        choice = np.where(looked, best_scale(predicted.after[index], scales, index, prices[1]), scale)
         tokens = tokens + np.where(choice != scale, samples.tokens[rows, choice], 0)
         path = np.char.add(np.char.add(path, np.where(looked, "?", "")), np.where(choice != scale, names[choice], ""))
         scale = choice

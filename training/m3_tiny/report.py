@@ -67,7 +67,7 @@ def write_page(
     plots.mkdir(exist_ok=True)
     plot_kinds(counts, plots / "by-kind.png")
     plot_models(counts, plots / "by-model.png")
-    body, fitted = text(counts, plots.name), plots / "automatic_budget.json"
+    body, fitted = text(counts, plots.name), results.with_name("automatic_budget.json")
     if fitted.is_file():
         body += "\n" + automatic(json.loads(fitted.read_text(encoding="utf-8")))
     page.write_text(f"---\n{header(counts)}---\n{body}", encoding="utf-8")

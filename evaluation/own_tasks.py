@@ -56,7 +56,11 @@ def make_once() -> Path:
             make(part)
             for file in part.glob("*.yaml"):
                 file.write_text(file.read_text(encoding="utf-8").replace(str(part), str(folder)), encoding="utf-8")
-            os.replace(part, folder)
+            try:
+                os.replace(part, folder)
+            except OSError:  # another process was first
+                if not folder.is_dir():
+                    raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return folder

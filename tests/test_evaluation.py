@@ -15,7 +15,7 @@ import torch
 from conftest import GOLDENS, commands_on_path, picture
 
 import modeling_m3
-from m3_evaluation import own_data
+from m3_evaluation import own_data, own_tasks
 from m3_evaluation.analyze_command import app as analyze_app
 from m3_evaluation.answering import Answerer
 from m3_evaluation.asking import ask_all
@@ -178,6 +178,19 @@ def test_own_data(my_data, tmp_path):
     before = (tmp_path / "run" / "tasks" / "my" / "samples.jsonl").read_bytes()
     run("--data", my_data, "--output", tmp_path / "run", "--batch-size", 4)  # all is there: nothing is asked again
     assert (tmp_path / "run" / "tasks" / "my" / "samples.jsonl").read_bytes() == before
+
+
+def test_two_processes_may_make_the_tasks_at_once(tmp_path, monkeypatch):
+    def make_after_another(part):
+        (part / "own").touch()
+        for name in ("other", "too"):
+            (made := tmp_path / f"tasks-{modeling_m3.__version__}").mkdir(exist_ok=True)
+            (made / name).touch()
+
+    monkeypatch.setattr(own_tasks, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(own_tasks, "make", make_after_another)
+    assert sorted(file.name for file in own_tasks.make_once().iterdir()) == ["other", "too"]
+    assert [file.name for file in tmp_path.iterdir()] == [f"tasks-{modeling_m3.__version__}"]
 
 
 def test_the_model_may_choose(m3_tiny, scenes, my_data, tmp_path):

@@ -200,7 +200,7 @@ def test_the_model_may_choose(m3_tiny, scenes, my_data, tmp_path):
     assert [answer.text for answer in found] == [
         answerer.answer([chat], ["auto"], **SETTINGS)[0][0].text for chat in chats
     ]
-    assert len({answer.visual_tokens for answer in found}) > 1 and min(answer.visual_tokens for answer in found) == 9
+    assert len({answer.visual_tokens for answer in found}) > 1 and min(answer.visual_tokens for answer in found) <= 9
     with pytest.raises(NotImplementedError, match="likelihoods"):
         answerer.likelihoods(chats[:1], ["yes"], answerer.scales(["auto"]))
     run("--data", my_data, "--output", tmp_path / "run", "--scales", "auto")
@@ -208,7 +208,7 @@ def test_the_model_may_choose(m3_tiny, scenes, my_data, tmp_path):
     analyze_app([str(tmp_path / "run"), "--output", str(tmp_path / "report")], standalone_mode=False)
     [entry] = json.loads((tmp_path / "report" / "results.json").read_text())["tasks"]["my"].values()
     [scale] = entry["scales"]
-    assert scale["num_visual_tokens"] == "auto" and scale["visual_tokens"] >= 9
+    assert scale["num_visual_tokens"] == "auto" and scale["visual_tokens"] >= 1
 
 
 @pytest.mark.slow

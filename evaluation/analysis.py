@@ -126,7 +126,7 @@ def _one(
         },
         "mix": {
             "corners": statistics.mix_hull(scales, means),
-            "at_oracle": asdict(statistics.best_mix(scales, means, reached["fewest"].tokens)),
+            "at_oracle": asdict(statistics.best_mix(scales, means, max(reached["fewest"].tokens, min(scales)))),
         },
         "complexity": _complexity(samples, scores, scales, threshold),
         "coarse_right_fine_wrong": int(statistics.coarse_right_fine_wrong(scores, threshold).sum()),

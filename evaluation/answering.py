@@ -19,6 +19,8 @@ from modeling_m3.outputs_m3 import M3LlavaEncodedImages
 from modeling_m3.pictures import open_pictures
 from modeling_m3.visual_tokens import AUTO, AUTO_NUMBER, ImageLayout, check_num_visual_tokens, expand_placeholders
 
+from .signals import known
+
 
 KEPT_BYTES = 2 * 10**9
 
@@ -45,12 +47,14 @@ class Answer:
         visual_tokens: of all pictures in the prompt; where the model chose, of all passes.
         text_tokens: of the rest of the prompt.
         answer_tokens: before the end of the turn.
+        known: what the model knew, where that is kept; see `signals.known`.
     """
 
     text: str
     visual_tokens: int
     text_tokens: int
     answer_tokens: int
+    known: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Answerer:
         image_grid_pinpoints: (height, width) pairs that pictures are cut into tiles by; the checkpoint's by default.
         visual_token_sampling: the checkpoint's by default.
         kept_bytes: how many bytes of encoded pictures are kept in memory.
+        keep_signals: whether greedy answers come with what the model knew.
     """
 
     def __init__(
@@ -95,7 +100,9 @@ class Answerer:
         image_grid_pinpoints: list[list[int]] | None = None,
         visual_token_sampling: str | None = None,
         kept_bytes: int = KEPT_BYTES,
+        keep_signals: bool = False,
     ):
+        self.keep_signals = keep_signals
         self.model, self.processor = model.eval(), processor
         self.pinpoints = {} if image_grid_pinpoints is None else {"image_grid_pinpoints": image_grid_pinpoints}
         self.sampling, self.kept_bytes = visual_token_sampling, kept_bytes
@@ -125,9 +132,12 @@ class Answerer:
         Returns:
             For each chat, an answer at each scale.
         """
+        if self.keep_signals:
+            _check_greedy(generation)
+            generation |= {"output_hidden_states": True, "output_logits": True}
         prompts = [self._prompt(chat) for chat in chats]
         ends = self.model.generation_config.eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), self.processor.tokenizer.pad_token_id}
+        ends = {*(ends if isinstance(ends, list) else [ends]), self.processor.tokenizer.pad_token_id} - {None}
         answers: list[list[Answer]] = [[] for _ in prompts]
         for asked in scales:
             automatic = asked in (AUTO, AUTO_NUMBER)
@@ -141,11 +151,12 @@ class Answerer:
             output = self.model.generate(**inputs, **images, **generation, return_dict_in_generate=True)
             if images and automatic:
                 spent = output.visual_tokens_spent.tolist()
-            sequences = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-            for prompt, row, visual_tokens, found in zip(prompts, sequences, spent, answers):
+            sequences = output.sequences[:, inputs["input_ids"].shape[1] :]
+            told = known(output, ends, sequences) if self.keep_signals else [None] * len(prompts)
+            for prompt, row, visual_tokens, found, knew in zip(prompts, sequences.tolist(), spent, answers, told):
                 length = next((index for index, token in enumerate(row) if token in ends), len(row))
                 text = self.processor.decode(row, skip_special_tokens=True).strip()
-                found.append(Answer(text, visual_tokens, prompt.text_tokens(), length))
+                found.append(Answer(text, visual_tokens, prompt.text_tokens(), length, knew))
         return answers
 
     @torch.no_grad()
@@ -234,3 +245,8 @@ class Answerer:
             _, (_, oldest) = self._kept.popitem(last=False)
             self._held -= oldest.nbytes
         return result
+
+
+def _check_greedy(generation: dict[str, Any]) -> None:
+    if generation.get("do_sample") or generation.get("num_beams", 1) > 1:
+        raise ValueError("This task samples, or searches by beams: signals are kept of greedy answers only.")

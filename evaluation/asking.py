@@ -60,6 +60,7 @@ def ask_all(
                             questions[index][0]: {
                                 "results": [asdict(result) for result in results],
                                 "pictures": _thumbnails(chat, run_folder, record),
+                                **_keys(answerer, chat),
                             }
                             for index, chat, results in zip(batch, chats, found)
                         }
@@ -71,3 +72,8 @@ def _thumbnails(chat: Chat, folder: Path, record: Record) -> list[str]:
     if len(record.results) >= MOST_PICTURES:
         return []
     return [add_thumbnail(folder, picture, Answerer.key_of(picture)[:32]) for picture in pictures_of(chat)]
+
+
+def _keys(answerer: Answerer, chat: Chat) -> dict[str, list[str]]:
+    """Of the pictures, where signals are kept: questions about the same ones are not independent."""
+    return {"keys": [Answerer.key_of(picture)[:32] for picture in pictures_of(chat)]} if answerer.keep_signals else {}

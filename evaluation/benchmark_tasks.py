@@ -23,6 +23,7 @@ from .asking import ask_all
 from .lmms_eval_model import M3, as_likelihood, cut, generation, settings_of
 from .record import Record
 from .runs import Sample, Task
+from .signals import gather
 
 
 # What documents of lmms-eval's data sets call the part they are in, and the kind of their question.
@@ -144,7 +145,10 @@ class AllScales(M3):
         ask_all(self.answerer, self.scales, questions, chat_of, *place)
 
 
-def run_task(name: str, task: BenchmarkTask, model: AllScales, limit: float | None) -> tuple[Task, list[Sample]] | None:
+Outcome = tuple[Task, list[Sample], dict[str, np.ndarray] | None]  # with signals, where those are kept
+
+
+def run_task(name: str, task: BenchmarkTask, model: AllScales, limit: float | None) -> Outcome | None:
     """Asks and scores one task at every scale; None in all processes but the first."""
     folder = model.run_folder / "tasks" / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +169,7 @@ def run_task(name: str, task: BenchmarkTask, model: AllScales, limit: float | No
 
 def _outcome(
     name: str, task: BenchmarkTask, model: AllScales, found: list[dict[str, Any]], arguments: SimpleNamespace
-) -> tuple[Task, list[Sample]]:
+) -> Outcome:
     filters = [ensemble.name for ensemble in task._filters] if getattr(task, "_filters", None) else ["none"]
     logged = [_by_filter(results["samples"][name], filters) for results in found]
     scores: dict[str, np.ndarray] = {}
@@ -182,9 +186,10 @@ def _outcome(
         raise ValueError(
             f"--tasks {name}: none of its metrics ({', '.join(task.aggregation())}) scores single samples."
         )
-    samples = []
+    samples, entries = [], []
     for index, sample in enumerate(logged[0][filters[0]]):
         asked = model.record.results[f"{sample['doc_id']}/0"]
+        entries.append(asked)
         samples.append(
             Sample(
                 id=str(sample["doc_id"]),
@@ -207,7 +212,7 @@ def _outcome(
         overall[label] = [float(value) for value in values] if all(_is_number(value) for value in values) else None
     metric = next(iter(scores))
     higher = {label: bool(better.get(label.partition(",")[0], True)) for label in scores}
-    return Task(name, len(samples), metric, overall, higher), samples
+    return Task(name, len(samples), metric, overall, higher), samples, gather(entries)
 
 
 def key_of(request: Instance) -> str:

@@ -18,7 +18,7 @@ import modeling_m3
 from m3_conversion.__main__ import VERSION
 from modeling_m3.any_checkpoint import find
 from modeling_m3.checkpoint import read_config
-from modeling_m3.visual_tokens import AUTO, SAMPLINGS
+from modeling_m3.visual_tokens import AUTO, AUTO_NUMBER, SAMPLINGS
 
 from .answering import KEPT_BYTES, Answer, Answerer
 from .asking import ask_all
@@ -27,6 +27,7 @@ from .own_data import METRICS, Question, fingerprint_of, read_questions
 from .pinpoints import parse_pinpoints
 from .record import Record
 from .runs import Run, Sample, Task, read_written_run, task_file, write_run, write_task
+from .signals import gather, write_signals
 
 
 OWN_TASKS = ("m3_easy_vqa", "m3_scenes")
@@ -95,6 +96,10 @@ def evaluate(
             "--kept_bytes", "--kept-bytes", help="Of encoded pictures, kept for more questions about them.", min=0
         ),
     ] = KEPT_BYTES,
+    signals: Annotated[
+        bool,
+        typer.Option("--signals", help="Keeps what m3-budget fits num_visual_tokens='auto' on. For short answers."),
+    ] = False,
     show_version: Annotated[bool, VERSION] = False,
 ) -> None:
     """Measures how right a checkpoint is at every number of visual tokens; m3-analyze reads what this writes."""
@@ -123,12 +128,15 @@ def evaluate(
             device_map=device_map or accelerator.device,
             **attention,
         )
-        answerer = Answerer(model, processor, pinpoints, sampling, kept_bytes)
+        answerer = Answerer(model, processor, pinpoints, sampling, kept_bytes, signals)
+        asked_at = answerer.scales(None if scales is None else _numbers(scales))
+        if signals and asked_at != sorted(processor.visual_token_scales):
+            raise ValueError(f"--signals tell something where all scales are asked: leave out --scales {scales}.")
         run = Run(
             checkpoint=checkpoint,
-            fingerprint=fingerprint(found.folder),
+            fingerprint=fingerprint(found.folder, with_choice=asked_at == [AUTO_NUMBER]),
             config=read_config(found.folder),
-            scales=answerer.scales(None if scales is None else _numbers(scales)),
+            scales=asked_at,
             tasks=names,
             settings={
                 "dtype": str(model.dtype).removeprefix("torch."),
@@ -139,6 +147,7 @@ def evaluate(
                 "limit": limit,
                 "batch_size": batch_size,
                 "data": fingerprint_of(questions) if questions else None,
+                "signals": signals or None,  # as in runs of before there were any
                 **({"max_new_tokens": max_new_tokens, "metric": metric} if questions else {}),
             },
             versions=_versions(),
@@ -157,10 +166,13 @@ def evaluate(
                 asked = AllScales(answerer, run.scales, batch_size, output, accelerator)
                 done = run_task(name, found_tasks[name], asked, limit)
             if done is not None and accelerator.is_main_process:
-                write_task(output, *done)
+                task, samples, gathered = done
+                if gathered is not None:
+                    write_signals(task_file(output, name).parent, gathered)
+                write_task(output, task, samples)
                 for file in task_file(output, name).parent.glob("answers.*.jsonl"):
                     file.unlink()
-                print(_line(done[0], done[1], run.scales))
+                print(_line(task, samples, run.scales))
         if accelerator.is_main_process:
             print(f"m3-eval: all is in {output}; m3-analyze {output} --output REPORT says what it means")
     except KeyboardInterrupt as stop:
@@ -223,7 +235,7 @@ def _ask(
     batch_size: int,
     max_new_tokens: int,
     metric: str,
-) -> tuple[Task, list[Sample]]:
+) -> tuple[Task, list[Sample], dict[str, Any] | None]:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--data is asked in one process: start m3-eval without a launcher.")
     record = Record(output / "tasks" / name / "answers.0.jsonl")
@@ -253,7 +265,8 @@ def _ask(
             )
         )
     nothing = dict.fromkeys(METRICS)
-    return Task(name, len(samples), metric, nothing, dict.fromkeys(METRICS, True)), samples
+    gathered = gather([record.results[question.id] for question in questions])
+    return Task(name, len(samples), metric, nothing, dict.fromkeys(METRICS, True)), samples, gathered
 
 
 def _line(task: Task, samples: list[Sample], scales: list[int]) -> str:

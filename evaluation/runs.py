@@ -3,6 +3,7 @@
     RUN/run.json                   what was asked of which checkpoint: `Run`
     RUN/tasks/NAME/samples.jsonl   one `Sample` per line
     RUN/tasks/NAME/task.json       the task's metrics: `Task`. Written last, so a task without it is not complete
+    RUN/tasks/NAME/signals.safetensors   what the model knew of each sample, where that was asked for: `signals`
     RUN/pictures/*.jpg             small copies of the samples' pictures
 
 Imports nothing heavy: reading a run needs no torch.

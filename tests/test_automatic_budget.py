@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDENS, tiny_config
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer, pipeline
 from typer.testing import CliRunner
 
 import modeling_m3
+from m3_evaluation.checkpoints import fingerprint
+from m3_evaluation.eval_command import app as m3_eval
+from m3_evaluation.own_data import exact_match
 from m3_training.budget import BudgetArguments, fit_budget
 from m3_training.budget import main as m3_budget
+from m3_training.budget_data import read_labelled
+from m3_training.budget_samples import Samples, ask, samples_of_run
 from m3_training.m3_tiny.budget import fitted_on, write_questions
 from m3_training.m3_tiny.scenes import scene
 from modeling_m3 import M3LlavaForConditionalGeneration
@@ -257,7 +263,10 @@ def test_a_choice_is_stored_with_the_model_as_it_is(tiny, tmp_path):
     quantized.save_pretrained(tmp_path / "nf4")
     without_head = modeling_m3.M3LlavaModel.from_pretrained(tmp_path / "first")
     without_head.save_pretrained(tmp_path / "third")
-    stored = [(tmp_path / name / AUTOMATIC_BUDGET_FILE).read_bytes() for name in ("first", "second", "nf4", "third")]
+    adapted = get_peft_model(again, LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj"))
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    folders = [tmp_path / name for name in ("first", "second", "nf4", "third", "merged")]
+    stored = [(folder / AUTOMATIC_BUDGET_FILE).read_bytes() for folder in folders]
     assert set(stored) == {choice.to_bytes()}
     names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("first", "second")]
     assert names[0] == names[1]
@@ -384,6 +393,44 @@ def test_m3_budget_fits_stores_and_goes_on(tiny, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert m3_budget([*map(str, options), "--max_new_tokens", "3"]) == 1
     assert "holds answers of another max_new_tokens" in capsys.readouterr().err
+
+
+def test_a_run_with_signals_is_what_m3_budget_would_have_asked(tmp_path, capsys):
+    data = write_questions(fitted_on(scenes=3, easy=1), tmp_path / "data")
+    groups = read_labelled(data, None)
+    lines = [
+        {"image": str(group.pictures[0]), "question": question, "answer": answers, "kind": kind}
+        for group in groups
+        for question, answers, kind in zip(group.questions, group.answers, group.kinds)
+    ]
+    lines.append({"question": "Hello?", "answer": "Hi"})  # without a picture there is nothing to choose
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = [str(TINY), "--data", str(tmp_path / "my.jsonl"), "--output"]
+    m3_eval([*run, str(tmp_path / "run"), "--signals", "--max_new_tokens", "16"], standalone_mode=False)
+    found = samples_of_run(tmp_path / "run", SCALES, fingerprint(TINY))
+    model, processor = modeling_m3.load(TINY)
+    asked = Samples.joined([ask(model.eval(), processor, group, exact_match, 16) for group in groups])
+    assert len(found) == len(asked) > 20
+    for name in ("scales", "scores", "tokens"):
+        assert np.array_equal(getattr(found, name), getattr(asked, name)), name
+    for name in ("signals", "confidences"):
+        np.testing.assert_allclose(getattr(found, name), getattr(asked, name), rtol=5e-3, atol=5e-3)
+    assert [kind.removeprefix("my ") for kind in found.kinds] == asked.kinds.tolist()
+    assert len(set(zip(found.groups, asked.groups))) == len(set(asked.groups)) == 4
+    options = ["--model_name_or_path", str(TINY), "--data_path", str(tmp_path / "run"), "--output_dir"]
+    assert m3_budget([*options, str(tmp_path / "out")]) == 1  # read, and found too few
+    assert "are needed" in capsys.readouterr().err
+    for wrong, message in (
+        ({"metric": "bleu"}, "has no metric bleu; it has exact_match"),
+        ({"fingerprint": "0"}, "another checkpoint"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            samples_of_run(tmp_path / "run", SCALES, **{"fingerprint": fingerprint(TINY), **wrong})
+    m3_eval([*run, str(tmp_path / "plain"), "--limit", "1"], standalone_mode=False)
+    with pytest.raises(ValueError, match="keeps no signals of my: run m3-eval with --signals"):
+        samples_of_run(tmp_path / "plain", SCALES, fingerprint(TINY))
+    assert m3_eval([*run, str(tmp_path / "few"), "--signals", "--scales", "9"], standalone_mode=False) == 1
+    assert "leave out --scales 9" in capsys.readouterr().err
 
 
 @pytest.mark.slow

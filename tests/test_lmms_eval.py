@@ -75,10 +75,24 @@ def answers(samples):
 
 @pytest.fixture(scope="module")
 def run(tasks, tmp_path_factory):
-    """A run of m3-eval over both of our tasks."""
+    """A run of m3-eval over both of our tasks, that keeps signals."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    m3_eval("--tasks", "m3_scenes,m3_easy_vqa", "--include_path", tasks, "--limit", LIMIT, "--output", folder)
+    asked = ["--tasks", "m3_scenes,m3_easy_vqa", "--include_path", tasks, "--limit", LIMIT]
+    m3_eval(*asked, "--signals", "--output", folder)
     return folder
+
+
+def test_signals_of_both_tasks_are_what_m3_budget_reads(run):
+    from m3_evaluation.checkpoints import fingerprint
+    from m3_training.budget_samples import samples_of_run
+
+    found = samples_of_run(run, SCALES, fingerprint(TINY))
+    recorded = [sample for name in ("m3_scenes", "m3_easy_vqa") for sample in read_samples(run, name)]
+    assert found.scores.tolist() == [sample.scores["exact_match"] for sample in recorded]
+    assert found.signals.shape == (2 * LIMIT, 5, 384) and found.confidences.shape == (2 * LIMIT, 5, 6)
+    assert (found.confidences[:, :, 0] < 0).all()  # log-probabilities
+    for task, kinds in (("m3_scenes", 7), ("m3_easy_vqa", 1)):
+        assert len({kind for kind in found.kinds if kind.startswith(task)}) <= kinds
 
 
 def test_right_and_wrong_as_the_recipe_counts(run):
@@ -194,7 +208,8 @@ def test_two_processes_answer_as_one(tasks, run, tmp_path):
 def test_killed_it_goes_on_to_the_same(tasks, run, tmp_path):
     environment = {**os.environ, "PATH": commands_on_path()}
     output = tmp_path / "run"
-    arguments = ["--tasks", "m3_scenes,m3_easy_vqa", "--include_path", tasks, "--limit", LIMIT, "--output", output]
+    asked = ["--tasks", "m3_scenes,m3_easy_vqa", "--include_path", tasks, "--limit", LIMIT]
+    arguments = [*asked, "--signals", "--output", output]
     process = subprocess.Popen(["m3-eval", str(TINY), *map(str, arguments)], env=environment, stderr=subprocess.DEVNULL)
     record = output / "tasks" / "m3_scenes" / "answers.0.jsonl"
     while process.poll() is None and not record.exists():
@@ -206,6 +221,7 @@ def test_killed_it_goes_on_to_the_same(tasks, run, tmp_path):
         "run.json",
         "tasks/m3_scenes/samples.jsonl",
         "tasks/m3_scenes/task.json",
+        "tasks/m3_scenes/signals.safetensors",
         "tasks/m3_easy_vqa/samples.jsonl",
     ):
         assert (output / file).read_bytes() == (run / file).read_bytes(), file

@@ -1,4 +1,4 @@
-"""`m3-budget --model_name_or_path DIR --data_path FILE`: fits the choice behind `num_visual_tokens="auto"` and stores it.
+"""`m3-budget --model_name_or_path DIR --data_path DATA`: fits the choice behind `num_visual_tokens="auto"` and stores it.
 
 Every question is answered at every scale, once; the output folder keeps what came of it, so that the same command goes on where
 it was stopped, and another `--keep`, seed or network is fitted in moments. Nothing of the model changes.
@@ -29,7 +29,7 @@ from modeling_m3.checkpoint import check_checkpoint
 from .budget_data import AskedPictures, read_labelled
 from .budget_fit import KEEPS, check_labelled, fit, number_of_networks
 from .budget_report import curve, write_report
-from .budget_samples import Samples, ask
+from .budget_samples import Samples, ask, samples_of_run
 
 
 PART = 50  # pictures whose outcomes are written together
@@ -41,7 +41,10 @@ class BudgetArguments:
 
     model_name_or_path: str = field(metadata={"help": "The folder of an M3 checkpoint. The choice is stored in it."})
     data_path: str = field(
-        metadata={"help": "Labelled questions: LLaVA's JSON or JSONL, or a JSONL as m3-eval --data takes it."}
+        metadata={
+            "help": "Labelled questions: LLaVA's JSON or JSONL, a JSONL as m3-eval --data takes it, or a run folder of "
+            "m3-eval --signals, whose answers are taken."
+        }
     )
     output_dir: str = field(metadata={"help": "Where answers are kept, and the curve is written."})
     image_folder: str | None = field(
@@ -54,13 +57,26 @@ class BudgetArguments:
     start: int | None = field(
         default=None, metadata={"help": "Visual tokens of the first pass; the second coarsest scale by default."}
     )
-    metric: str = field(default="exact_match", metadata={"help": f"By which answers count: {', '.join(METRICS)}."})
-    max_new_tokens: int = field(default=16, metadata={"help": "Length of an answer, in tokens, at most."})
-    limit: int | None = field(default=None, metadata={"help": "Of the questions, the first so many pictures' alone."})
+    metric: str | None = field(
+        default=None,
+        metadata={
+            "help": f"By which answers count: {', '.join(METRICS)}, the first by default; of a run, one of its tasks' "
+            "own, what each is meant by as default."
+        },
+    )
+    max_new_tokens: int = field(default=16, metadata={"help": "Length of an answer, in tokens, at most; not of a run."})
+    limit: int | None = field(
+        default=None, metadata={"help": "Of the questions, the first so many pictures' alone; not of a run."}
+    )
     seed: int = field(default=0, metadata={"help": "Of the networks, and of the folds they are judged on."})
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
+        of_a_run = Path(self.data_path).is_dir()
+        if of_a_run and self.limit is not None:
+            raise ValueError(f"--limit {self.limit}: --data_path {self.data_path} is a run, which is taken whole.")
+        if self.metric is None and not of_a_run:
+            self.metric = next(iter(METRICS))
+        if not of_a_run and self.metric not in METRICS:
             raise ValueError(f"--metric {self.metric!r}: choose from {', '.join(METRICS)}.")
         if not self.keep or not all(0 < keep <= 1 for keep in self.keep):
             raise ValueError(f"--keep {self.keep}: give shares above 0 and up to 1, as 0.99.")
@@ -77,7 +93,8 @@ def fit_budget(arguments: BudgetArguments) -> Path:
     """
     folder, output = Path(arguments.model_name_or_path), Path(arguments.output_dir)
     check_checkpoint(folder)
-    asked = read_labelled(arguments.data_path, arguments.image_folder)[: arguments.limit]
+    of_a_run = Path(arguments.data_path).is_dir()
+    asked = [] if of_a_run else read_labelled(arguments.data_path, arguments.image_folder)[: arguments.limit]
     model, processor = modeling_m3.load(folder)
     scales = sorted(processor.visual_token_scales)
     if len(scales) < 2:
@@ -85,7 +102,12 @@ def fit_budget(arguments: BudgetArguments) -> Path:
     start = scales[min(1, len(scales) - 2)] if arguments.start is None else arguments.start
     if start not in scales[:-1]:
         raise ValueError(f"--start {start}: choose from {scales[:-1]}.")
-    samples = _ask_all(model.eval(), processor, asked, arguments, start, output)
+    checkpoint = fingerprint(folder)
+    if of_a_run:
+        samples = samples_of_run(Path(arguments.data_path), scales, checkpoint, arguments.metric)
+    _begin(output, arguments, checkpoint)
+    if not of_a_run:
+        samples = _ask_all(model.eval(), processor, asked, arguments, output)
     check_labelled(samples, start)
     keeps = sorted({*KEEPS, *arguments.keep})
     with tqdm(total=number_of_networks(scales, start), desc="networks", disable=not sys.stderr.isatty()) as progress:
@@ -117,38 +139,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _ask_all(
-    model: modeling_m3.M3LlavaForConditionalGeneration,
-    processor: modeling_m3.M3LlavaProcessor,
-    asked: list[AskedPictures],
-    arguments: BudgetArguments,
-    start: int,
-    output: Path,
-) -> Samples:
-    """The outcomes of all questions, those of before from the output folder."""
-    score, folder = METRICS[arguments.metric], output / "samples"
+def _begin(output: Path, arguments: BudgetArguments, checkpoint: str) -> None:
+    """Writes what is asked; where something was before, it must have been the same."""
+    data, file = Path(arguments.data_path), output / "asked.json"
     about = {
-        "checkpoint": fingerprint_without_choice(Path(arguments.model_name_or_path)),
-        "data": hashlib.sha256(Path(arguments.data_path).read_bytes()).hexdigest(),
+        "format": 2,
+        "checkpoint": checkpoint,
+        "data": hashlib.sha256((data / "run.json" if data.is_dir() else data).read_bytes()).hexdigest(),
         **{name: getattr(arguments, name) for name in ("metric", "max_new_tokens", "limit")},
-        "start": start,
     }
-    file = output / "asked.json"
     if file.is_file() and (before := json.loads(file.read_text(encoding="utf-8"))) != about:
         differs = next(name for name in about if before.get(name) != about[name])
         raise ValueError(f"--output_dir {output} holds answers of another {differs}: give another folder.")
     if not file.is_file() and output.is_dir() and any(output.iterdir()):
         raise ValueError(f"--output_dir {output} has other files: give a new folder, or one of a run that was stopped.")
-    folder.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    parts = []
+
+
+def _ask_all(
+    model: modeling_m3.M3LlavaForConditionalGeneration,
+    processor: modeling_m3.M3LlavaProcessor,
+    asked: list[AskedPictures],
+    arguments: BudgetArguments,
+    output: Path,
+) -> Samples:
+    """The outcomes of all questions, those of before from the output folder."""
+    score, folder, parts = METRICS[arguments.metric], output / "samples", []
+    folder.mkdir(exist_ok=True)
     with tqdm(total=sum(len(group.questions) for group in asked), desc="questions", unit="") as progress:
         for begin in range(0, len(asked), PART):
             part = folder / f"{begin:07}.safetensors"
             if not part.is_file():
                 found = []
                 for group in asked[begin : begin + PART]:
-                    found.append(ask(model, processor, group, score, arguments.max_new_tokens, start))
+                    found.append(ask(model, processor, group, score, arguments.max_new_tokens))
                     progress.update(len(group.questions))
                 unfinished = part.with_suffix(".part")
                 Samples.joined(found).save(unfinished)
@@ -157,11 +182,6 @@ def _ask_all(
                 progress.update(sum(len(group.questions) for group in asked[begin : begin + PART]))
             parts.append(Samples.load(part))
     return Samples.joined(parts)
-
-
-def fingerprint_without_choice(folder: Path) -> str:
-    """Of a checkpoint, whether or not a choice was stored in it."""
-    return fingerprint(folder, without=(AUTOMATIC_BUDGET_FILE,))
 
 
 def _shown(value: object) -> str:

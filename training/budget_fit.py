@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from m3_evaluation.signals import PROBE_TOKENS
 from modeling_m3.automatic_budget_m3 import (
     DEFAULT_KEEP,
     AutomaticBudget,
@@ -20,7 +21,7 @@ from modeling_m3.automatic_budget_m3 import (
     probability,
 )
 
-from .budget_samples import PROBE_TOKENS, Samples
+from .budget_samples import Samples
 
 
 FOLDS = 4
@@ -103,13 +104,14 @@ def fit(
     scales = [int(scale) for scale in samples.scales]
     first, weights = scales.index(start), equal_weights(samples.kinds)
     predicted = _out_of_fold(samples, first, weights, seed, progress)
-    before = _network(samples.signals.astype(np.float32), samples.scores, weights, 48, 30, seed, progress)
+    signals = samples.signals[:, first].astype(np.float32)
+    before = fit_network(signals, samples.scores, weights, 48, 30, seed, progress)
     after = {}
     for index in range(first, len(scales) - 1):
         features = features_after(predicted.before, samples.confidences[:, index])
-        after[scales[index]] = _network(features, samples.scores, weights, 32, 60, seed, progress)
+        after[scales[index]] = fit_network(features, samples.scores, weights, 32, 60, seed, progress)
     prices = choose_prices(samples, predicted, first, weights, keeps)
-    width = samples.signals.shape[1]
+    width = signals.shape[1]
     choice = AutomaticBudget(scales, start, width, PROBE_TOKENS, SURE, keep, prices, before, after)
     return AutomaticBudget.from_bytes(choice.to_bytes(), "what was fitted"), predicted  # rounded as it is stored
 
@@ -127,7 +129,7 @@ def equal_weights(kinds: np.ndarray) -> np.ndarray:
 
 def predict(choice: AutomaticBudget, samples: Samples) -> Predicted:
     """What a fitted choice says of questions."""
-    before = choice.before(samples.signals.astype(np.float32))
+    before = choice.before(samples.signals[:, choice.scales.index(choice.start)].astype(np.float32))
     after = {
         choice.scales.index(scale): probability(
             network(features_after(before, samples.confidences[:, choice.scales.index(scale)]))
@@ -191,11 +193,11 @@ def _out_of_fold(
 ) -> Predicted:
     groups, index = np.unique(samples.groups, return_inverse=True)
     folds = np.random.default_rng(seed).permutation(len(groups))[index] % FOLDS
-    signals, scales = samples.signals.astype(np.float32), len(samples.scales)
+    signals, scales = samples.signals[:, first].astype(np.float32), len(samples.scales)
     before = np.zeros((len(samples), scales), dtype=np.float32)
     for fold in range(FOLDS):
         seen = folds != fold
-        network = _network(signals[seen], samples.scores[seen], weights[seen], 48, 30, seed, progress)
+        network = fit_network(signals[seen], samples.scores[seen], weights[seen], 48, 30, seed, progress)
         before[~seen] = network(signals[~seen])
     after = {}
     for answered in range(first, scales - 1):
@@ -203,12 +205,12 @@ def _out_of_fold(
         after[answered] = np.zeros((len(samples), scales))
         for fold in range(FOLDS):
             seen = folds != fold
-            network = _network(features[seen], samples.scores[seen], weights[seen], 32, 60, seed, progress)
+            network = fit_network(features[seen], samples.scores[seen], weights[seen], 32, 60, seed, progress)
             after[answered][~seen] = probability(network(features[~seen]))
     return Predicted(before, after)
 
 
-def _network(
+def fit_network(
     features: np.ndarray,
     scores: np.ndarray,
     weights: np.ndarray,

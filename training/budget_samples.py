@@ -12,15 +12,14 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
+from m3_evaluation.runs import read_run, read_samples, read_task, task_file
+from m3_evaluation.signals import PROBE_TOKENS, read_task_signals
 from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaProcessor
 from modeling_m3.automatic_budget_m3 import Confidence, read_signals
 from modeling_m3.outputs_m3 import CACHE_NAME
 from modeling_m3.visual_tokens import expand_placeholders
 
 from .budget_data import AskedPictures
-
-
-PROBE_TOKENS = 8  # of an answer, that are looked at before it is kept
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Samples:
         scales: (s,) ascending.
         scores: (n, s) float32, between 0 and 1.
         tokens: (n, s) visual tokens of each prompt.
-        signals: (n, w) float16, what the language model held at the end of the question after the coarse pass.
+        signals: (n, s, w) float16, what the language model held at the end of the question after a pass at each scale.
         confidences: (n, s, c) float32, of the answer, see `Confidence`.
         kinds: (n,) kinds of questions.
         groups: (n,) what each question is about.
@@ -85,24 +84,20 @@ def ask(
     asked: AskedPictures,
     score: Callable[[str, list[str]], float],
     max_new_tokens: int,
-    start: int,
-    probe_tokens: int = PROBE_TOKENS,
 ) -> Samples:
     """Answers all questions of a picture greedily at every scale.
 
     Args:
         score: of an answer and what counts as right, between 0 and 1.
         max_new_tokens: of an answer.
-        start: the scale of the coarse pass.
-        probe_tokens: of an answer, whose confidence is noted.
     """
     scales = processor.visual_token_scales
-    prompts = [_prompt(processor, question, len(asked.pictures)) for question in asked.questions]
+    prompts = [prompt_ids(processor, question, len(asked.pictures)) for question in asked.questions]
     inputs = processor.image_processor(asked.pictures, return_tensors="pt")
     encoded = model.encode_images(
         inputs["pixel_values"].to(model.device), inputs.get("image_sizes"), inputs.get("image_tile_grids")
     )
-    scores, tokens, confidences, signals = [], [], [], np.empty(0)
+    scores, tokens, confidences, signals = [], [], [], []
     for scale in scales:
         features = model.get_visual_tokens(encoded, scale)
         counts = [len(image) for image in features]
@@ -110,24 +105,59 @@ def ask(
         for prompt in prompts:
             ids = [prompt[i] for i in expand_placeholders(prompt, processor.image_token_id, counts)]
             rows.append(ids)
-        answers, signal, confidence = _answer(model, processor, rows, torch.cat(features), max_new_tokens, probe_tokens)
+        answers, signal, confidence = _answer(model, processor, rows, torch.cat(features), max_new_tokens)
         scores.append([score(answer, right) for answer, right in zip(answers, asked.answers)])
         tokens.append([sum(counts)] * len(rows))
-        if scale == start:
-            signals = signal.half().cpu().numpy()
+        signals.append(signal.half().cpu().numpy())
         confidences.append(confidence.cpu().numpy())
     return Samples(
         scales=np.array(scales),
         scores=np.array(scores, dtype=np.float32).T,
         tokens=np.array(tokens, dtype=np.int32).T,
-        signals=signals,
+        signals=np.stack(signals, axis=1),
         confidences=np.stack(confidences, axis=1),
         kinds=np.array(asked.kinds),
         groups=np.array([asked.group] * len(prompts)),
     )
 
 
-def _prompt(processor: M3LlavaProcessor, question: str, pictures: int) -> list[int]:
+def samples_of_run(folder: Path, scales: Sequence[int], fingerprint: str, metric: str | None = None) -> Samples:
+    """The outcomes that `m3-eval --signals` kept.
+
+    Args:
+        folder: a complete run.
+        scales, fingerprint: of the checkpoint that must have been asked.
+        metric: of all its tasks; what each is meant by if None.
+
+    Raises:
+        ValueError: the run is another checkpoint's, or keeps no signals; or a task has no such metric, or one that is no share.
+    """
+    run = read_run(folder)
+    if run.fingerprint != fingerprint or run.scales != sorted(scales):
+        raise ValueError(f"{folder} is a run of another checkpoint, {run.checkpoint}, or not at all its scales.")
+    parts = []
+    for name in run.tasks:
+        stored = read_task_signals(task_file(folder, name).parent)
+        if stored is None:
+            raise ValueError(f"{folder} keeps no signals of {name}: run m3-eval with --signals, into a new folder.")
+        task, asked = read_task(folder, name), list(read_samples(folder, name))
+        chosen = metric or task.metric
+        if chosen not in task.higher_is_better:
+            raise ValueError(f"{folder}: {name} has no metric {chosen}; it has {', '.join(task.higher_is_better)}.")
+        scores = np.array([sample.scores[chosen] for sample in asked], dtype=np.float32)
+        if not task.higher_is_better[chosen] or scores.min() < 0 or scores.max() > 1:
+            raise ValueError(f"{folder}: {chosen} of {name} is no score from 0 to 1: name another by --metric.")
+        kinds = [sample.kind or sample.subset or "" for sample in asked]
+        tokens = np.array([sample.visual_tokens for sample in asked], dtype=np.int32)
+        part = Samples(
+            np.array(run.scales), scores, tokens, **stored, kinds=np.array([f"{name} {k}".strip() for k in kinds])
+        )
+        parts.append(part.rows(tokens[:, -1] > 0))  # of questions about pictures
+    return Samples.joined(parts)
+
+
+def prompt_ids(processor: M3LlavaProcessor, question: str, pictures: int) -> list[int]:
+    """A question's, in the checkpoint's chat format, with one mark per picture before it or where it has its own."""
     marks = [] if processor.image_token in question else [{"type": "image"}] * pictures
     chat = [{"role": "user", "content": [*marks, {"type": "text", "text": question}]}]
     [ids] = processor.tokenize_prompts([processor.apply_chat_template(chat, add_generation_prompt=True)])
@@ -140,7 +170,6 @@ def _answer(
     rows: list[list[int]],
     features: torch.Tensor,
     max_new_tokens: int,
-    probe_tokens: int,
 ) -> tuple[list[str], torch.Tensor, torch.Tensor]:
     """Greedy answers, signals (n, d) and confidences (n, c) of prompts about the same pictures."""
     device, language_model = model.device, model.model.language_model
@@ -177,7 +206,7 @@ def _answer(
     for step in range(max_new_tokens):
         logits = model.lm_head(hidden)[:, -1].float()
         token = logits.argmax(-1)
-        if step < probe_tokens:
+        if step < PROBE_TOKENS:
             confidence.add(logits, ~done)
         for answer, new, over in zip(answers, token.tolist(), done.tolist()):
             if not over:

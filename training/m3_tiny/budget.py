@@ -6,12 +6,11 @@ other fonts and sizes of text, easy-vqa alone, codes alone; and beside it, other
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from PIL import Image
@@ -19,13 +18,22 @@ from tqdm import tqdm
 
 import modeling_m3
 from m3_evaluation.own_data import exact_match
-from modeling_m3.automatic_budget_m3 import AutomaticBudget, probability
+from modeling_m3.automatic_budget_m3 import AutomaticBudget
 
 from ..budget import BudgetArguments, fit_budget
-from ..budget_data import AskedPictures
-from ..budget_fit import PRICES, Predicted, equal_weights, outcome, predict
+from ..budget_data import AskedPictures, read_labelled
+from ..budget_fit import predict
 from ..budget_report import curve
 from ..budget_samples import Samples, ask
+from .budget_ablations import (
+    Points,
+    both_decisions,
+    confidence_cascade,
+    least_tokens,
+    one_decision,
+    other_ways,
+    without_a_pass,
+)
 from .data import EASY_VQA, easy_vqa_pictures, held_out_easy_vqa, held_out_scenes
 from .scenes import TEST_FONTS, TRAIN_FONTS, Question, scene
 
@@ -87,22 +95,28 @@ def _in_a_larger_view(index: int) -> Any:
     return scene(f"test {index}", TEST_FONTS, view=448)
 
 
-def measured(model: Any, processor: Any, pictures: Pictures, start: int) -> Samples:
-    """The outcomes of all questions."""
-    parts = []
-    for name, picture, questions in tqdm(pictures, desc="pictures", mininterval=5):
-        asked = AskedPictures(
+def asked_about(pictures: Pictures) -> list[AskedPictures]:
+    """As `ask` takes them."""
+    return [
+        AskedPictures(
             [picture],
             [question.text for question in questions],
             [[question.answer] for question in questions],
             [question.kind for question in questions],
             name,
         )
-        parts.append(ask(model, processor, asked, exact_match, 16, start))
-    return Samples.joined(parts)
+        for name, picture, questions in pictures
+    ]
 
 
-def _judged(samples: Samples, choice: AutomaticBudget) -> dict[str, Any]:
+def measured(model: Any, processor: Any, asked: list[AskedPictures]) -> Samples:
+    """The outcomes of all questions."""
+    return Samples.joined(
+        [ask(model, processor, group, exact_match, 16) for group in tqdm(asked, desc="pictures", mininterval=5)]
+    )
+
+
+def _judged(samples: Samples, choice: AutomaticBudget, others: dict[str, Points]) -> dict[str, Any]:
     """The stored choice's curve, and the fewest tokens at which each way to choose keeps so much."""
     predicted = predict(choice, samples)
     result = curve(samples, predicted, choice)
@@ -111,58 +125,13 @@ def _judged(samples: Samples, choice: AutomaticBudget) -> dict[str, Any]:
         "auto": both_decisions(samples, predicted, choice.start),
         "hidden states before the answer alone": one_decision(samples, predicted.before, choice.start),
         "log-probability of the answer alone, finer and finer": confidence_cascade(samples, choice.start),
+        **others,
     }
     fewest = {
         way: {str(keep): least_tokens(points, keep * full) for keep in (0.97, 0.99, 1.0)}
         for way, points in ways.items()
     }
     return {**result, "ablations": fewest}
-
-
-def confidence_cascade(samples: Samples, start: int) -> list[tuple[float, float]]:
-    """(tokens, accuracy) of an ablation: finer and finer until the answer's log-probability is above a threshold."""
-    weights, first = equal_weights(samples.kinds), list(samples.scales).index(start)
-    points = []
-    for threshold in -np.geomspace(1e-4, 5, 40):
-        tokens, scale = samples.tokens[:, first].astype(float), np.full(len(samples), first)
-        for index in range(first, len(samples.scales) - 1):
-            goes_on = (scale == index) & (samples.confidences[:, index, 0] < threshold)
-            scale = scale + goes_on
-            tokens = tokens + goes_on * samples.tokens[:, index + 1]
-        points.append(
-            (float((tokens * weights).sum()), float((samples.scores[np.arange(len(scale)), scale] * weights).sum()))
-        )
-    return points
-
-
-def one_decision(samples: Samples, logits: np.ndarray, start: int) -> list[tuple[float, float]]:
-    """(tokens, accuracy) of an ablation: the first decision alone, no answer is looked at."""
-    weights, first, rows = equal_weights(samples.kinds), list(samples.scales).index(start), np.arange(len(samples))
-    points = []
-    for price in np.geomspace(0.003, 8, 60):
-        costs = samples.tokens * (np.arange(len(samples.scales)) != first)
-        worth = probability(logits) - price * costs / 1000
-        worth[:, :first] = -np.inf
-        scale = worth.argmax(1)
-        tokens = samples.tokens[:, first] + costs[rows, scale]
-        points.append((float((tokens * weights).sum()), float((samples.scores[rows, scale] * weights).sum())))
-    return points
-
-
-def both_decisions(samples: Samples, predicted: Predicted, start: int) -> list[tuple[float, float]]:
-    """(tokens, accuracy) of the whole choice at many prices."""
-    weights, first = equal_weights(samples.kinds), list(samples.scales).index(start)
-    points = []
-    for price in PRICES:
-        for ratio in np.geomspace(0.1, 4, 9):
-            found = outcome(samples, predicted, first, (price, price * ratio))
-            points.append((float((found.tokens * weights).sum()), float((found.score * weights).sum())))
-    return points
-
-
-def least_tokens(points: Sequence[tuple[float, float]], accuracy: float) -> float | None:
-    """The fewest tokens of the points that reach an accuracy."""
-    return min((tokens for tokens, reached in points if reached >= accuracy), default=None)
 
 
 def main(
@@ -185,16 +154,22 @@ def main(
 def measure(folder: Path, checkpoint: Path, pictures: int) -> dict[str, Any]:
     """Judges the stored choice on every test; writes `automatic_budget.json`, from which the results page is made."""
     model, processor = modeling_m3.load(checkpoint)
+    model.eval()
     choice: AutomaticBudget = model.automatic_budget
+    asked = {name: asked_about(made) for name, made in tests(pictures).items()}
     found = {}
-    for name, made in tests(pictures).items():
+    for name, groups in asked.items():
         file = folder / f"{name.replace(' ', '-')}.safetensors"
         if not file.is_file():
-            measured(model.eval(), processor, made, choice.start).save(file)
+            measured(model, processor, groups).save(file)
         found[name] = Samples.load(file)
     test = found["test pictures"]
+    fitted = Samples.joined([Samples.load(file) for file in sorted((folder / "fit" / "samples").glob("*.safetensors"))])
+    data = read_labelled(folder / "questions" / "questions.json", None)
+    known = [without_a_pass(model, processor, groups) for groups in (data, asked["test pictures"])]
+    others = {"test pictures": other_ways(fitted, known[0], test, known[1])}
     found |= {f"{kind} alone": test.rows(test.kinds == kind) for kind in (EASY_VQA, "code")}
-    result = {name: _judged(samples, choice) for name, samples in found.items()}
+    result = {name: _judged(samples, choice, others.get(name, {})) for name, samples in found.items()}
     (folder / "automatic_budget.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 

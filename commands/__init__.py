@@ -17,6 +17,10 @@ def ask() -> int | None:
     return _run("m3-ask", "modeling_m3.__main__")
 
 
+def batch() -> int | None:
+    return _run("m3-batch", "m3_serving.batch_command")
+
+
 def budget() -> int | None:
     return _run("m3-budget", "m3_training.budget")
 
@@ -31,6 +35,10 @@ def convert() -> int | None:
 
 def evaluate() -> int | None:
     return _run("m3-eval", "m3_evaluation.eval_command")
+
+
+def serve() -> int | None:
+    return _run("m3-serve", "m3_serving.serve_command")
 
 
 def train() -> int | None:

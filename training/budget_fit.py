@@ -217,7 +217,7 @@ def fit_network(
     hidden: int,
     epochs: int,
     seed: int,
-    progress: Callable[[int], object],
+    progress: Callable[[int], object] = int,
 ) -> Network:
     """The mean of an ensemble, as one network."""
     mean, deviation = features.mean(0), features.std(0) + 1e-6

@@ -154,7 +154,7 @@ def _number(text: str | None, config: M3LlavaConfig) -> int | str | None:
         return text
     if not text.isdecimal():
         raise ValueError(f"--num-visual-tokens {text!r}: give a number, as 36, or auto.")
-    return check_num_visual_tokens([int(text)], config.visual_token_scales, 1)[0]
+    return check_num_visual_tokens(int(text), config.visual_token_scales, 1)[0]
 
 
 def _loading(

@@ -130,7 +130,7 @@ def _prepared(engine: Engine, settings: EngineSettings, row: Row) -> _Prompt | R
         number = row.num_visual_tokens if row.num_visual_tokens is not None else settings.num_visual_tokens
         number = number if number is not None else processor.num_visual_tokens or max(processor.visual_token_scales)
         may_be_auto = settings.engine == GENERATE
-        check_num_visual_tokens([number], processor.visual_token_scales, 1, may_be_auto=may_be_auto)
+        check_num_visual_tokens(number, processor.visual_token_scales, 1, may_be_auto=may_be_auto)
         pictures = row.opened()
         if processor.image_token in row.question:
             raise ValueError(f"The question contains {processor.image_token}, which stands for a picture.")

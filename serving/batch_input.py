@@ -14,9 +14,7 @@ from typing import Any
 
 import fsspec
 import pyarrow.parquet
-from PIL import Image
-
-from modeling_m3.pictures import open_pictures
+from PIL import Image, UnidentifiedImageError
 
 
 LINES, PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet",)
@@ -225,14 +223,19 @@ def _placed(picture: Any, folder: str) -> Any:
 
 def _opened(picture: Any) -> Image.Image:
     if isinstance(picture, str):
-        with fsspec.open(picture, "rb") as file:
-            content = file.read()
+        try:
+            with fsspec.open(picture, "rb") as file:
+                content = file.read()
+        except FileNotFoundError:
+            raise ValueError(f"There is no picture {picture}.") from None
     elif isinstance(picture, bytes):
         content = picture
     else:
         raise ValueError(f"{str(picture)[:80]!r} is no picture: give a path or the bytes of a file.")
+    name = picture if isinstance(picture, str) else "The picture"
     try:
-        opened = open_pictures(io.BytesIO(content))
-    except ValueError as error:
-        raise ValueError(f"{picture[:200] if isinstance(picture, str) else 'The picture'}: {error}") from error
-    return opened.convert("RGB")
+        return Image.open(io.BytesIO(content)).convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} is not a picture that PIL can open.") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} cannot be read: {error}.") from error

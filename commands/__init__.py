@@ -5,6 +5,9 @@ Imports nothing of theirs before that is seen to. A command that has to clean up
 
 import importlib
 import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
 
 from m3_conversion.signals import handling_signals
 
@@ -18,7 +21,7 @@ def ask() -> int | None:
 
 
 def batch() -> int | None:
-    return _run("m3-batch", "m3_serving.batch_command")
+    return _run("m3-batch", "m3_serving.batch_command", "serve", ("pyarrow", "fsspec"))
 
 
 def budget() -> int | None:
@@ -38,7 +41,7 @@ def evaluate() -> int | None:
 
 
 def serve() -> int | None:
-    return _run("m3-serve", "m3_serving.serve_command")
+    return _run("m3-serve", "m3_serving.serve_command", "serve", ("prometheus_client",))
 
 
 def train() -> int | None:
@@ -49,8 +52,15 @@ def train_tiny() -> int | None:
     return _run("m3-train-tiny", "m3_training.m3_tiny.__main__")
 
 
-def _run(name: str, module: str) -> int | None:
-    """Runs `main()` of a module. Returns its exit status; 128 and the signal's number where one ended it."""
+def _run(name: str, module: str, extra: str = "", needs: Sequence[str] = ()) -> int | None:
+    """Runs `main()` of a module. Returns its exit status; 128 and the signal's number where one ended it.
+
+    Args:
+        extra, needs: modules without which it cannot run, and the extra that brings them.
+    """
+    if missing := [needed for needed in needs if find_spec(needed) is None]:
+        print(f"{name}: needs {', '.join(missing)}: pip install 'm3-hf[{extra}]'", file=sys.stderr)
+        return 1
     process = os.getpid()
 
     def stop(signum: int, frame: object) -> None:

@@ -120,13 +120,14 @@ def read_source(inputs: Sequence[str], question: str | None, image_folder: str |
     shards: list[Shard] = []
     digest = hashlib.sha256()
     for given in inputs:
-        for place in _expanded(given):
+        places = _expanded(given)
+        pictures = [place for place in places if _is_picture(place)]
+        for place in [place for place in places if not _is_picture(place)] + [pictures] * bool(pictures):
             part, found = _part(place, len(parts), shard_size, digest)
-            if not isinstance(part, list) or question is not None:
-                parts.append(part)
-                shards += found
-            else:
-                raise ValueError(f"--input {place} is a folder of pictures: say what to ask by --question.")
+            if isinstance(part, list) and question is None:
+                raise ValueError(f"--input {given} are pictures: say what to ask by --question.")
+            parts.append(part)
+            shards += found
     if not shards:
         raise ValueError(f"--input {' '.join(inputs)} has no rows.")
     return Source(parts, question, image_folder, shards, digest.hexdigest())
@@ -143,14 +144,23 @@ def _expanded(given: str) -> list[str]:
     return [files.unstrip_protocol(path) if "://" in given else path for path in found]
 
 
-def _part(place: str, index: int, size: int, digest: Any) -> tuple[str | list[str], list[Shard]]:
-    files, root = fsspec.core.url_to_fs(place)
-    if files.isdir(root):
-        known = tuple(Image.registered_extensions())
-        sizes = {path: about["size"] for path, about in files.find(root, detail=True).items()}
-        found = sorted(path for path in sizes if path.lower().endswith(known))
-        digest.update(repr([(path.removeprefix(root), sizes[path]) for path in found]).encode())
-        paths = [files.unstrip_protocol(path) if "://" in place else path for path in found]
+def _is_picture(place: str) -> bool:
+    return posixpath.splitext(place)[1].lower() in Image.registered_extensions()
+
+
+def _part(place: str | list[str], index: int, size: int, digest: Any) -> tuple[str | list[str], list[Shard]]:
+    """A file of rows, or pictures: those that are given, or those of a folder."""
+    files, root = fsspec.core.url_to_fs(place if isinstance(place, str) else place[0])
+    if isinstance(place, list) or files.isdir(root):
+        if isinstance(place, list):
+            paths = place
+            sizes = {posixpath.basename(path): files.size(path) for path in paths}
+        else:
+            about = files.find(root, detail=True)
+            found = sorted(path for path in about if _is_picture(path))
+            sizes = {path.removeprefix(root): about[path]["size"] for path in found}
+            paths = [files.unstrip_protocol(path) if "://" in place else path for path in found]
+        digest.update(repr(list(sizes.items())).encode())
         return paths, [Shard(index, start, min(start + size, len(paths))) for start in range(0, len(paths), size)]
     digest.update(repr((posixpath.basename(place), files.size(root))).encode())
     if place.endswith(PARQUET):

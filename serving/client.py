@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from openai import APIError, AsyncOpenAI, OpenAI
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 
 Picture = str | os.PathLike | bytes | Image.Image
@@ -235,7 +235,15 @@ def as_url(picture: Picture) -> str:
             content = file.read()
     else:
         raise ValueError(f"{type(picture).__name__} is no picture: give a path, a URL, bytes or a PIL image.")
-    return f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"
+    return f"data:{_media_type(content)};base64,{base64.b64encode(content).decode()}"
+
+
+def _media_type(content: bytes) -> str:
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            return Image.MIME.get(opened.format or "", "image/png")
+    except UnidentifiedImageError:
+        raise ValueError(f"These {len(content):,} bytes are no picture that PIL can open.") from None
 
 
 def _steps(scales: list[int], keep: float) -> list[int]:

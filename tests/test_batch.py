@@ -121,6 +121,7 @@ def test_a_folder_of_pictures_and_a_pattern(data, tmp_path, capsys):
     assert [os.path.basename(row["id"]) for row in found[:2]] == ["00.png", "01.png"] and len(found) == 22
     assert {row["num_visual_tokens"] for row in found if row["error"] is None} <= set(SCALES)
     assert sum(row["error"] is not None for row in found) == 2
+    assert len(read_source([f"{data}/0*.png"], "What?", None, 4).shards) == 3
     source = read_source([f"{data}/*.jsonl"], None, None, 10)
     assert [len(shard) for shard in source.shards] == [10, 10, 6]
     assert [row.id for row in source.rows(source.shards[2])][:2] == ["row 15", "row 16"]
@@ -151,7 +152,7 @@ def test_the_same_command_goes_on_and_another_is_refused(data, answered, tmp_pat
         (["--num-visual-tokens", "7"], "num_visual_tokens=7"),
         (["--num-visual-tokens", "few"], "--num-visual-tokens 'few': give a number"),
         (["--engine-options", "[1]"], "give an object"),
-        (["--input", "{folder}"], "is a folder of pictures: say what to ask by --question"),
+        (["--input", "{folder}"], "are pictures: say what to ask by --question"),
         (["--output", "{folder}"], "has other files: give a new folder"),
         (["--model", "nowhere"], "nowhere"),
     ],
@@ -265,4 +266,6 @@ def test_the_same_by_vllm(data, answered, tmp_path):
     process = started(*options, *engine, VLLM_CPU_KVCACHE_SPACE="1")
     _, said = process.communicate()
     assert process.returncode == 0, said.decode()[-3000:]
-    assert answers(tmp_path / "out") == answers(answered)
+    by_vllm, by_generate = answers(tmp_path / "out"), answers(answered)
+    by_generate[10]["error"] = by_generate[10]["error"].replace(", or auto.", ".")  # which only generate offers
+    assert by_vllm == by_generate

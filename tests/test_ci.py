@@ -33,6 +33,7 @@ def run(stages, tmp_path):
         ("stage a good; stage b good 5", 0, "2 passed, 0 failed, 0 skipped", ""),
         ("stage a bad; stage b good", 1, "1 passed, 1 failed, 0 skipped", "FAILED a: status 1"),
         ("stage a good; stage b slow 1", 1, "1 passed, 1 failed, 0 skipped", "FAILED b: not done after 1 minutes"),
+        ("stage a good; stage b good 46", 0, "1 passed, 0 failed, 1 skipped", "SKIPPED b: . of 45 minutes are over, and it may take 46"),
         ("stage a lacking 1; stage b good", 0, "1 passed, 0 failed, 1 skipped", "SKIPPED a: .* `ls /no/such/package`"),
     ],
 )  # fmt: skip
@@ -43,9 +44,3 @@ def test_what_is_told(stages, status, counts, notice, tmp_path):
     *_, told, closing = result.stdout.splitlines()
     assert closing == f"stages: {counts}"
     assert re.match(notice, told)
-
-
-def test_slots_are_limited(tmp_path):
-    result = run("stage a good 20; stage b good 20", tmp_path)
-    assert result.returncode == 2
-    assert "The slots of b and the stages before it are 40 minutes" in result.stderr

@@ -24,6 +24,11 @@ COMMANDS = {
     "m3-convert": (f"m3-convert {GOLDENS / 'llava15-m3'} new", "new/model.safetensors"),
     "m3-ask": (f"m3-ask {PICTURE} Hello --model {{demo}} --max-new-tokens 2", None),
     "m3-budget": ("m3-budget --help", None),  # what it does is in test_automatic_budget.py
+    "m3-batch": (
+        f"m3-batch --model {{demo}} --input {PICTURE} --question Hello --max-new-tokens 2 --engine generate --output answers",
+        "answers/answers-000000.parquet",
+    ),
+    "m3-serve": ("m3-serve --help", None),  # what it does is in test_serve_engine.py
     "m3-cache": ("m3-cache list", None),  # what it does is in test_load.py
     "m3-eval": (
         f"m3-eval {{demo}} --data questions.jsonl --image_folder {GOLDENS / 'images'} --scales 1,9 --output run",

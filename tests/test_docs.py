@@ -14,6 +14,7 @@ import modeling_m3.__main__
 from m3_conversion.__main__ import main as convert
 from m3_evaluation.analyze_command import app as analyze
 from m3_evaluation.eval_command import app as evaluate
+from m3_serving.batch_command import app as batch
 from m3_training.finetune import main as train
 
 
@@ -44,6 +45,8 @@ def test_what_a_page_shows_runs(page, converted, tmp_path, monkeypatch):
                 assert train(arguments) == 0, command
             elif program in ("m3-eval", "m3-analyze"):
                 {"m3-eval": evaluate, "m3-analyze": analyze}[program](arguments, standalone_mode=False)
+            elif program == "m3-batch":
+                batch(arguments, standalone_mode=False)
             elif program == "m3-ask":
                 modeling_m3.__main__.app(arguments, standalone_mode=False)
             elif program == "python":

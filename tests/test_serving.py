@@ -254,7 +254,7 @@ def test_the_client_asks_as_the_server_wants(url, tmp_path):
     assert (answer.text, answer.num_visual_tokens, answer.prompt_tokens, answer.requests) == ("at 36", 36, 10, 1)
     [asked] = Server.asked
     urls = [part["image_url"]["url"] for part in asked["messages"][0]["content"][:3]]
-    assert base64.b64decode(urls[1].partition(",")[2]) == (tmp_path / "a.png").read_bytes()
+    assert base64.b64decode(urls[1].removeprefix("data:image/png;base64,")) == (tmp_path / "a.png").read_bytes()
     assert urls[2] == "https://pictures.example/b.png"
     assert (asked["model"], asked["max_tokens"], asked["temperature"]) == ("m3", 4, 0)
     assert client.ask(picture, "what").text == "at None" and "mm_processor_kwargs" not in Server.asked[-1]
@@ -271,7 +271,12 @@ def test_auto_over_a_server_asks_finer_while_it_is_unsure(keep, number, requests
 
 def test_what_the_client_refuses(url, tmp_path):
     client = Client(url)
-    for wrong, sentence in ((tmp_path / "none.png", "There is no picture"), (3, "int is no picture")):
+    wrongs = [
+        (tmp_path / "none.png", "There is no picture"),
+        (3, "int is no picture"),
+        (b"text", "4 bytes are no picture"),
+    ]
+    for wrong, sentence in wrongs:
         with pytest.raises(ValueError, match=sentence):
             client.ask(wrong, "what")
     with pytest.raises(ValueError, match="auto_keep=1.5"):

@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from PIL import Image
 from tqdm import tqdm
@@ -150,7 +149,6 @@ def main(
     measure(folder, checkpoint, pictures)
 
 
-@torch.no_grad()
 def measure(folder: Path, checkpoint: Path, pictures: int) -> dict[str, Any]:
     """Judges the stored choice on every test; writes `automatic_budget.json`, from which the results page is made."""
     model, processor = modeling_m3.load(checkpoint)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import GOLDENS, commands_on_path
 
+import m3_commands
 import modeling_m3
 
 
@@ -65,6 +66,12 @@ def test_commands_work_in_a_project_with_folders_of_our_names(name, project, con
         run(COMMANDS["m3-eval"][0].format(demo=converted["llava15-m3"]), project)
     assert run(command.format(demo=converted["llava15-m3"]), project).strip()
     assert written is None or (project / written).is_file()
+
+
+def test_a_command_whose_extra_is_missing_says_which(monkeypatch, capsys):
+    monkeypatch.setattr("m3_commands.find_spec", lambda name: None if name == "pyarrow" else "found")
+    assert m3_commands.batch() == 1
+    assert capsys.readouterr().err == "m3-batch: needs pyarrow: pip install 'm3-hf[serve]'\n"
 
 
 @pytest.mark.parametrize("command", INSTALLED, ids=lambda command: command.name)

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -30,6 +31,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM (CI has a stage for it)"),
 ]
 
+REPOSITORY = Path(__file__).parent.parent
 SCALES = [1, 9, 36, 144, 576]
 NEW_TOKENS = 6
 NEAR = 1e-4  # margin of logits below which two answers are both right
@@ -386,6 +388,17 @@ def test_memory_stays_flat_over_1000_pictures(server):
 
     before, after = asyncio.run(whole())
     assert after < 1.02 * before, f"{before / 1e6:.0f} MB, then {after / 1e6:.0f}"
+
+
+def test_the_page_s_python_runs(server, monkeypatch, capsys):
+    """docs/serving.md: what needs a server; test_docs.py runs the rest."""
+    page = (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    assert blocks
+    monkeypatch.chdir(REPOSITORY)
+    for block in blocks:
+        exec(block.replace("http://localhost:8000", server[0]), {})
+    assert len(capsys.readouterr().out) > 5
 
 
 def test_killed_and_started_again_it_serves_the_same(folder, server):

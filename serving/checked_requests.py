@@ -20,6 +20,7 @@ from .settings import Settings
 
 CHATS = ("/v1/chat/completions", "/tokenize")  # that take pictures
 TEXTS = ("/v1/completions", "/detokenize")  # that have no place for one
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others of PIL's start programs, or fetch files
 DETAILS = ("low", "high", "auto")
 
 
@@ -138,7 +139,7 @@ def _opened(content: bytes, settings: Settings) -> tuple[tuple[int, int], bytes 
     if not content:
         raise Refused("A picture of 0 bytes.", "url")
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             width, height = picture.size
             if width * height > settings.max_picture_pixels:
                 raise Refused(
@@ -154,7 +155,8 @@ def _opened(content: bytes, settings: Settings) -> tuple[tuple[int, int], bytes 
             rgb.info = {}  # or what it says would be written too
             rgb.save(buffer, "PNG", compress_level=1)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        what = "none that can be opened" if isinstance(error, UnidentifiedImageError) else f"broken: {error}"
+        none = isinstance(error, UnidentifiedImageError)
+        what = f"none that can be opened: send {', '.join(FORMATS)}" if none else f"broken: {error}"
         raise Refused(f"A picture of {len(content):,} bytes is {what}.", "url") from None
     return (height, width), buffer.getvalue()
 

@@ -77,6 +77,7 @@ class Budgets:
         async def told(message: dict[str, Any]) -> None:
             await send(message)
             if message["type"] == "lifespan.startup.complete":
+                self._costs(Asked({}, None, []), self.settings.default)  # reads the processor before the first request
                 print(f"m3-serve: listens on {self.settings.url}", file=sys.stderr, flush=True)
 
         return told

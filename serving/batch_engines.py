@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 import modeling_m3
 from modeling_m3.any_checkpoint import find
@@ -19,6 +20,7 @@ from .engine import check_engine, installed_engine
 
 GENERATE, VLLM = "generate", "vllm"
 READERS = 4  # threads that open pictures while others are answered
+VLLM_AT_ONCE = 64  # prompts; their pictures are in memory, and as many for the next
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,9 @@ def answer_rows(
     Args:
         told: how many more are done.
     """
-    results: list[Result | None] = [None] * len(rows)
+    results = [Result() for _ in rows]
     with ThreadPoolExecutor(READERS) as readers:
-        # As many as are answered at once: a shard of large pictures need not fit in memory.
-        size = len(rows) if settings.engine == VLLM else settings.batch_size
+        size = VLLM_AT_ONCE if settings.engine == VLLM else settings.batch_size
         ahead = [readers.submit(_prepared, engine, settings, row) for row in rows[: 2 * size]]
         for start in range(0, len(rows), size):
             found = [future.result() for future in ahead[:size]]
@@ -116,10 +117,10 @@ def answer_rows(
             prompts.sort(key=lambda prompt: str(prompt.number))
             for _, alike in groupby(prompts, key=lambda prompt: str(prompt.number)):
                 together = list(alike)
-                for prompt, result in zip(together, engine.answer(together)):
+                for prompt, result in zip(together, engine.answer(together), strict=True):
                     results[prompt.index] = result
             told(len(found))
-    return [result if result is not None else Result(error="Not answered.") for result in results]
+    return results
 
 
 def _prepared(engine: Engine, settings: EngineSettings, row: Row) -> _Prompt | Result:
@@ -131,11 +132,14 @@ def _prepared(engine: Engine, settings: EngineSettings, row: Row) -> _Prompt | R
         number = number if number is not None else processor.num_visual_tokens or max(processor.visual_token_scales)
         may_be_auto = settings.engine == GENERATE
         check_num_visual_tokens(number, processor.visual_token_scales, 1, may_be_auto=may_be_auto)
-        pictures = row.opened()
         if processor.image_token in row.question:
             raise ValueError(f"The question contains {processor.image_token}, which stands for a picture.")
-    except (ValueError, OSError) as error:
-        return Result(error=" ".join(str(error).split()) or type(error).__name__)
+    except ValueError as error:
+        return _refused(error)
+    try:
+        pictures = row.opened()
+    except Exception as error:  # file systems have errors of their own; it is told in the row
+        return _refused(error)
     content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": row.question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     [ids] = processor.tokenize_prompts([text])
@@ -151,6 +155,15 @@ def _prepared(engine: Engine, settings: EngineSettings, row: Row) -> _Prompt | R
     return _Prompt(0, number, ids, text, pictures, sum(costs))
 
 
+def _refused(error: Exception) -> Result:
+    return Result(error=" ".join(str(error).split()) or type(error).__name__)
+
+
+def _ends(generation: GenerationConfig) -> set[int]:
+    ends = generation.eos_token_id
+    return {*(ends if isinstance(ends, list) else [ends])}
+
+
 class GenerateEngine:
     """`generate`, greedily, in batches of one number of visual tokens."""
 
@@ -159,8 +172,7 @@ class GenerateEngine:
         self.model, self.processor = modeling_m3.load(settings.model, **settings.loading)
         self.model.eval()
         self.context = self.model.config.text_config.max_position_embeddings
-        ends = self.model.generation_config.eos_token_id
-        self.ends = {*(ends if isinstance(ends, list) else [ends])}
+        self.ends = _ends(self.model.generation_config)
 
     @torch.no_grad()
     def answer(self, prompts: list[_Prompt]) -> list[Result]:
@@ -206,8 +218,7 @@ class VllmEngine:
         self.llm = LLM(model=str(checkpoint.folder), trust_remote_code=True, **options)
         self.context = self.llm.llm_engine.model_config.max_model_len
         self.sampling = SamplingParams(temperature=0, max_tokens=settings.max_new_tokens)
-        end = self.processor.tokenizer.eos_token_id
-        self.ends = {end}
+        self.ends = _ends(GenerationConfig.from_pretrained(checkpoint.folder))
 
     def answer(self, prompts: list[_Prompt]) -> list[Result]:
         asked = [

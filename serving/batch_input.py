@@ -17,7 +17,7 @@ import pyarrow.parquet
 from PIL import Image, UnidentifiedImageError
 
 
-LINES, PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet",)
+LINES, PARQUET = (".jsonl", ".ndjson"), (".parquet",)
 FIELDS = ("id", "question", "image", "num_visual_tokens")
 
 
@@ -167,29 +167,33 @@ def _part(place: str | list[str], index: int, size: int, digest: Any) -> tuple[s
         return place, _parquet_shards(place, index, size)
     if place.endswith(LINES):
         return place, _json_shards(place, index, size)
-    raise ValueError(f"--input {place}: give a folder of pictures, or files {', '.join((*LINES[:1], *PARQUET))}.")
+    raise ValueError(f"--input {place}: give a folder of pictures, or files {', '.join((*LINES, *PARQUET))}.")
 
 
 def _json_shards(place: str, index: int, size: int) -> list[Shard]:
-    shards, begin, number = [], 0, 0
+    """Lines with nothing on them are none."""
+    shards, begin, rows, offset = [], 0, 0, 0
     with fsspec.open(place, "rb") as lines:
-        offset = 0
-        for number, line in enumerate(lines, start=1):
+        for line in lines:
             offset += len(line)
-            if number % size == 0:
-                shards.append(Shard(index, number - size, number, begin))
+            rows += bool(line.strip())
+            if line.strip() and rows % size == 0:
+                shards.append(Shard(index, rows - size, rows, begin))
                 begin = offset
-    if number % size:
-        shards.append(Shard(index, number - number % size, number, begin))
+    if rows % size:
+        shards.append(Shard(index, rows - rows % size, rows, begin))
     return shards
 
 
 def _json_records(place: str, shard: Shard) -> list[Any]:
-    records = []
+    records: list[Any] = []
     with fsspec.open(place, "rb") as lines:
         lines.seek(shard.offset)
-        for _ in range(len(shard)):
-            line = lines.readline()
+        while len(records) < len(shard):
+            if not (line := lines.readline()).strip():
+                if not line:
+                    raise ValueError(f"{place} is shorter than it was when its rows were counted.")
+                continue
             try:
                 records.append(json.loads(line))
             except ValueError:

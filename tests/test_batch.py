@@ -8,6 +8,7 @@ import subprocess
 import time
 from importlib.util import find_spec
 
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -164,6 +165,34 @@ def test_bad_arguments_are_told_in_a_line(options, sentence, data, tmp_path, cap
     captured = capsys.readouterr().err
     assert sentence in captured and len(captured.splitlines()) == 1
     assert not (tmp_path / "out" / "batch.json").exists()
+
+
+def test_elsewhere_than_on_this_disk(data):
+    """By fsspec's file system in memory; lines with nothing on them are no rows."""
+    files = fsspec.filesystem("memory")
+    files.pipe_file("/in/a.png", (data / "00.png").read_bytes())
+    line = json.dumps({"image": "a.png", "question": "Which large shape is there?"}).encode()
+    files.pipe_file("/in/rows.jsonl", b"\n" + line + b"\n\n" + line + b"\n  \n" + line)
+    options = [
+        "--input",
+        "memory://in/rows.jsonl",
+        "--output",
+        "memory://out",
+        "--shard-size",
+        2,
+        "--engine",
+        "generate",
+    ]
+    for _ in range(2):
+        assert not batch(*options)
+        assert sorted(files.ls("/out", detail=False)) == [
+            "/out/answers-000000.parquet",
+            "/out/answers-000001.parquet",
+            "/out/batch.json",
+        ]
+    with files.open("/out/answers-000001.parquet") as file:
+        [row] = pyarrow.parquet.read_table(file).to_pylist()
+    assert row["id"] == "rows.jsonl:2" and row["answer"] and row["num_visual_tokens"] == 576
 
 
 def test_a_prompt_that_is_too_long_is_a_row_with_an_error(data, tmp_path):

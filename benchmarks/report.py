@@ -12,6 +12,8 @@ import typer
 
 from . import (
     automatic_budget,
+    backend,
+    batch,
     conversion,
     evaluation,
     matryoshka_step,
@@ -22,6 +24,7 @@ from . import (
     quantization,
     quantized_answers,
     scaling,
+    serving,
 )
 
 
@@ -35,6 +38,9 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "one_encoding": ("One encoding for all budgets", one_encoding.table),
     "automatic_budget": ("What the automatic budget costs in time", automatic_budget.table),
     "evaluation": ("An evaluation at every scale", evaluation.table),
+    "serving": ("What a budget buys on a server", serving.table),
+    "backend": ("What vLLM's Transformers backend costs", backend.table),
+    "batch": ("Batch jobs on Ray", batch.table),
     "quantization": ("Precision of weights", quantization.table),
     "quantized_answers": ("Right answers by precision", quantized_answers.table),
     "matryoshka_step": ("A training step over five scales", matryoshka_step.table),

@@ -171,7 +171,7 @@ def main(
     options: Annotated[str, typer.Option(help="Of vLLM.")] = "--enforce-eager --max-num-seqs 32 --max-model-len 1024",
     output: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
 ) -> None:
-    """Measures, and prints a table."""
+    """Measures, and prints the table."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     # By itself vLLM keeps a core for its other processes, which is half of a small machine.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{os.cpu_count() - 1}")
@@ -200,21 +200,43 @@ def main(
                         found = run(number, count, count * rounds)
                         measured.setdefault(f"{way} {count} {number}", []).append(found)
                         print(way, count, number, {name: round(value, 3) for name, value in found.items()}, flush=True)
+    result = {
+        "size": size,
+        "tower": tower,
+        "dtype": dtype,
+        "measured": measured,
+        "capacity": {str(number): count for number, count in fits.items()},
+    }
+    print(table(result))
+    save(result, output)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: medians."""
     medians = {
         key: {name: statistics.median(one[name] for one in found) for name in ("rate", "first")}
-        for key, found in measured.items()
+        for key, found in result["measured"].items()
     }
     rows = []
-    for count, number in itertools.product(flights, SCALES):
-        cells = [medians[f"{way} {count} {number}"] for way in ("m3-serve", "generate")]
-        gain = cells[0]["rate"] / medians[f"m3-serve {count} 576"]["rate"]
-        rows.append([count, number, *(f"{cell['rate']:.2f}" for cell in cells), *(f"{cell['first']:.2f}" for cell in cells),
-                     f"{gain:.1f}", fits[number]])  # fmt: skip
-    print(markdown_table(
-        ["in flight", "visual tokens", "m3-serve, requests/s", "generate", "m3-serve, first token, s", "generate", "over 576", "fit in the KV cache"],
-        rows,
-    ))  # fmt: skip
-    save({"size": size, "tower": tower, "dtype": dtype, "measured": measured, "capacity": fits}, output)
+    for count in sorted({int(key.split()[1]) for key in medians}):
+        for number in SCALES:
+            served, generated = (medians[f"{way} {count} {number}"] for way in ("m3-serve", "generate"))
+            gain = served["rate"] / medians[f"m3-serve {count} {SCALES[0]}"]["rate"]
+            rates = [f"{served['rate']:.2f}", f"{generated['rate']:.2f}", f"{gain:.1f}"]
+            firsts = [f"{served['first']:.1f}", f"{generated['first']:.1f}"]
+            rows.append([count, number, *rates, *firsts, result["capacity"][str(number)]])
+    head = [
+        "in flight",
+        "visual tokens",
+        "requests/s",
+        "by generate",
+        "over 576",
+        "first token, s",
+        "by generate",
+        "fit in the KV cache",
+    ]
+    about = f"Language model {result['size']}, vision tower {result['tower']}, {result['dtype']}; {NEW_TOKENS} tokens of answer."
+    return f"{about}\n\n{markdown_table(head, rows)}"
 
 
 if __name__ == "__main__":

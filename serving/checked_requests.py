@@ -21,6 +21,7 @@ from .settings import Settings
 CHATS = ("/v1/chat/completions", "/tokenize")  # that take pictures
 TEXTS = ("/v1/completions", "/detokenize")  # that have no place for one
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others of PIL's start programs, or fetch files
+TOO_DEEP = "The request is nested too deeply."
 DETAILS = ("low", "high", "auto")
 
 
@@ -62,6 +63,15 @@ def read_request(content: bytes, path: str, settings: Settings) -> Asked:
         body = json.loads(content)
     except ValueError as error:
         raise Refused(f"The request is not JSON: {error}.") from None
+    except RecursionError:
+        raise Refused(TOO_DEEP) from None
+    try:
+        return _read(body, path, settings)
+    except RecursionError:
+        raise Refused(TOO_DEEP) from None
+
+
+def _read(body: Any, path: str, settings: Settings) -> Asked:
     if not isinstance(body, dict):
         raise Refused("The request must be a JSON object.")
     _check_marks([body.get("prompt"), body.get("messages")], settings.image_token)
@@ -104,7 +114,7 @@ def _checked(part: dict[str, Any], settings: Settings) -> tuple[int, int] | None
         raise Refused(f'"image_url" needs a "url", and takes a "detail"; it has {_shown(sorted(part))}.', "image_url")
     scheme = url[:5].lower()
     if scheme != "data:":
-        host = urlsplit(url).hostname if scheme in ("http:", "https") else None
+        host = _host(url) if scheme in ("http:", "https") else None
         if host is None:
             raise Refused(f"{_shown(url)} is no picture: give a data URI, as data:image/png;base64,...", "url")
         if host not in settings.domains:
@@ -129,6 +139,13 @@ def _checked(part: dict[str, Any], settings: Settings) -> tuple[int, int] | None
     if plain is not None:
         part["url"] = f"data:image/png;base64,{base64.b64encode(plain).decode()}"
     return size
+
+
+def _host(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
 
 
 def _opened(content: bytes, settings: Settings) -> tuple[tuple[int, int], bytes | None]:
@@ -172,7 +189,7 @@ def _number(body: dict[str, Any], parts: list[dict[str, Any]], settings: Setting
             f"mm_processor_kwargs has {_shown(sorted(unknown))}: num_visual_tokens is all that a request may set.",
             "mm_processor_kwargs",
         )
-    details = [part.get("detail", "auto") for part in parts]
+    details = ["auto" if part.get("detail") is None else part["detail"] for part in parts]
     for detail in details:
         if detail not in DETAILS:
             raise Refused(f"detail {_shown(detail)}: give one of {', '.join(DETAILS)}.", "detail")

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError
 
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -114,6 +116,60 @@ def test_what_is_refused(case):
     with pytest.raises(Refused, match=sentence) as refused:
         read_request(body if isinstance(body, bytes) else json.dumps(body).encode(), CHAT, SETTINGS)
     assert refused.value.status == status
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([uri(), "http://[", "data:,"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["type", "image_url", "url", "detail", "text", "content", "role", "num_visual_tokens", "uuid", "é"]
+            )
+            | st.text(max_size=3),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    messages=VALUES,
+    numbers=VALUES,
+    parts=st.lists(VALUES, max_size=2),
+    path=st.sampled_from([CHAT, "/v1/responses", "/tokenize"]),
+)
+def test_whatever_is_asked_is_passed_on_or_refused_with_a_sentence(messages, numbers, parts, path):
+    pictures = [{"type": "image_url", "image_url": part} for part in parts]
+    for asked in (messages, [{"role": "user", "content": [*pictures, messages]}]):
+        body = json.dumps({"messages": asked, "mm_processor_kwargs": numbers}).encode()
+        try:
+            passed = read_request(body, path, SETTINGS)
+        except Refused as refused:
+            assert str(refused) and 400 <= refused.status < 500
+            continue
+        assert (
+            passed.body.get("mm_processor_kwargs") in (None, {}, [], False, 0, "") or passed.num_visual_tokens in SCALES
+        )
+        assert (passed.num_visual_tokens is None) == (not passed.sizes)
+
+
+def test_a_request_that_is_nested_too_deeply_is_refused():
+    for deep in (
+        b"[" * 10**6,
+        b'{"messages": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"a": ' + b'{"a": ' * 3000 + b"1" + b"}" * 3001,
+    ):
+        with pytest.raises(Refused, match="nested too deeply|not JSON|must be"):
+            read_request(deep, "/v1/responses", SETTINGS)
 
 
 def test_other_routes_take_texts_and_no_pictures():

@@ -1,4 +1,4 @@
-"""What vLLM's Transformers backend costs: `python -m benchmarks.serving_backend`, in an environment that has vLLM.
+"""What vLLM's Transformers backend costs: `python -m benchmarks.backend`, in an environment that has vLLM.
 
 A language model alone, of random weights, is served twice at once: by the backend through which M3 runs, and by vLLM's own class
 for it. Both get the same requests, in turn: prompts of token ids as long as M3's at several numbers of visual tokens.
@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 import torch
@@ -88,6 +88,7 @@ def main(
 ) -> None:
     """Measures, and prints a table."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{os.cpu_count() - 1}")  # as benchmarks.serving
     with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as servers:
         folder = Path(place) / "model"
         torch.manual_seed(0)
@@ -115,18 +116,26 @@ def main(
                     if repeat:
                         measured.setdefault(f"{way} {count} {length}", []).append(found)
                         print(way, count, length, [round(number, 2) for number in found], flush=True)
-        rows = []
-        for count, length in sizes:
-            cells = [
-                [statistics.median(numbers) for numbers in zip(*measured[f"{way} {count} {length}"])] for way in WAYS
-            ]
-            (rate, first), (own_rate, own_first) = cells
-            rows.append([count, length, f"{rate:.0f}", f"{own_rate:.0f}", f"{rate / own_rate:.2f}", f"{first:.2f}", f"{own_first:.2f}"])  # fmt: skip
-        backend, own = WAYS
-        print(markdown_table(
-            ["in flight", "prompt", f"{backend}, tokens/s", own, "of it", f"{backend}, first token, s", own], rows
-        ))  # fmt: skip
-    save({"size": size, "dtype": dtype, "measured": measured}, output)
+    result = {"size": size, "dtype": dtype, "measured": measured}
+    print(table(result))
+    save(result, output)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: medians."""
+    medians = {
+        key: [statistics.median(numbers) for numbers in zip(*found)] for key, found in result["measured"].items()
+    }
+    sizes = sorted({tuple(map(int, key.split()[-2:])) for key in medians})
+    rows = []
+    for count, length in sizes:
+        (rate, first), (own_rate, own_first) = (medians[f"{way} {count} {length}"] for way in WAYS)
+        rates = [f"{rate:.0f}", f"{own_rate:.0f}", f"{rate / own_rate:.2f}"]
+        rows.append([count, length, *rates, f"{first:.2f}", f"{own_first:.2f}"])
+    backend, own = WAYS
+    head = ["in flight", "prompt", f"{backend}, tokens/s", own, "of it", f"{backend}, first token, s", own]
+    about = f"Language model {result['size']}, {result['dtype']}; {NEW_TOKENS} tokens of answer."
+    return f"{about}\n\n{markdown_table(head, rows)}"
 
 
 if __name__ == "__main__":

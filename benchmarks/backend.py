@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
+import requests
 import torch
 import typer
 from openai import AsyncOpenAI
@@ -51,8 +51,8 @@ def server(folder: Path, implementation: str, options: list[str]) -> Iterator[st
         while True:
             if process.poll() is not None:
                 raise RuntimeError(log.read_text(errors="replace")[-3000:])
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+            with contextlib.suppress(requests.RequestException):
+                if requests.get(f"http://127.0.0.1:{port}/health").status_code == 200:
                     break
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1"

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import numpy as np
+import requests
 import torch
 import typer
 from PIL import Image
@@ -152,7 +152,7 @@ def ask_model(model: Any, processor: Any, number: int, in_flight: int, requests:
 def capacity(url: str, prompts: dict[int, int]) -> dict[int, int]:
     """How many prompts and their answers fit in the KV cache at once, by number of visual tokens."""
     line = next(
-        line for line in httpx.get(f"{url}/metrics").text.splitlines() if line.startswith("vllm:cache_config_info")
+        line for line in requests.get(f"{url}/metrics").text.splitlines() if line.startswith("vllm:cache_config_info")
     )
     blocks, size = (int(re.search(f'{name}="(\\d+)"', line)[1]) for name in ("num_gpu_blocks", "block_size"))
     return {number: blocks // -(-(tokens + NEW_TOKENS) // size) for number, tokens in prompts.items()}

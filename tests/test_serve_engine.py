@@ -343,22 +343,6 @@ def test_details_metrics_and_the_client(folder, server):
     assert counted() - before == 72
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        (
-            ["--num-visual-tokens", "100"],
-            "--num-visual-tokens 100 is not offered by this checkpoint. Choose from [1, 9, 36, 144, 576].",
-        ),
-        (["--detail-low", "7"], "--detail-low 7 is not offered"),
-    ],
-)
-def test_wrong_options_are_told_before_anything_loads(options, sentence, folder):
-    command = ["m3-serve", str(folder), *options]
-    result = subprocess.run(command, env={**os.environ, "PATH": commands_on_path()}, capture_output=True, text=True)
-    assert result.returncode == 1 and sentence in result.stderr and len(result.stderr.splitlines()) == 1
-
-
 def resident(process):
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     return sum(member.memory_info().rss for member in family)

@@ -384,6 +384,16 @@ def test_what_cannot_work_together_is_told_with_what_to_install(versions, requir
         engine.check_engine()
 
 
+@pytest.mark.parametrize(
+    ("option", "number"), [("--num-visual-tokens", 100), ("--detail-low", 7), ("--detail-high", 0)]
+)
+def test_budgets_that_the_checkpoint_lacks_are_told_before_anything_loads(option, number, monkeypatch):
+    monkeypatch.setattr(serve_command, "check_engine", lambda: "vllm 0.32.0")
+    result = CliRunner().invoke(serve_command.app, [str(modeling_m3.default_checkpoint()), option, str(number)])
+    assert result.exit_code == 1
+    assert result.stderr == f"m3-serve: {option} {number} is not offered by this checkpoint. Choose from {SCALES}.\n"
+
+
 def test_a_torchvision_that_does_not_load_is_told(monkeypatch, tmp_path):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)

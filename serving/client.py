@@ -48,8 +48,19 @@ class Answer:
 class _Asking:
     """What a request is made of; shared by both clients."""
 
-    model: str | None
+    _class: type
     _scales: list[int] | None = None
+
+    def __init__(
+        self,
+        base_url: str = "http://localhost:8000/v1",
+        model: str | None = None,
+        api_key: str = "none",
+        timeout: float = 120,
+        max_retries: int = 2,
+    ):
+        self.openai = self._class(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=max_retries)
+        self.model = model
 
     def _request(
         self, pictures: Picture | Sequence[Picture], question: str, number: int | None, more: dict[str, Any]
@@ -75,16 +86,7 @@ class Client(_Asking):
         max_retries: of a request that failed by the connection, or because the server was busy.
     """
 
-    def __init__(
-        self,
-        base_url: str = "http://localhost:8000/v1",
-        model: str | None = None,
-        api_key: str = "none",
-        timeout: float = 120,
-        max_retries: int = 2,
-    ):
-        self.openai = OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=max_retries)
-        self.model = model
+    _class = OpenAI
 
     def ask(
         self,
@@ -152,16 +154,7 @@ class Client(_Asking):
 class AsyncClient(_Asking):
     """As `Client`, for `await`, so that many questions are under way together."""
 
-    def __init__(
-        self,
-        base_url: str = "http://localhost:8000/v1",
-        model: str | None = None,
-        api_key: str = "none",
-        timeout: float = 120,
-        max_retries: int = 2,
-    ):
-        self.openai = AsyncOpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=max_retries)
-        self.model = model
+    _class = AsyncOpenAI
 
     async def ask(
         self,

@@ -24,6 +24,7 @@ REMOTE_CODE_FILES = (
     "automatic_budget_m3.py",
     "automatic_generation_m3.py",
     "configuration_m3.py",
+    "encoding_m3.py",
     "generation_m3.py",
     "image_processing_m3.py",
     "loading_m3.py",
@@ -32,6 +33,8 @@ REMOTE_CODE_FILES = (
     "outputs_m3.py",
     "pictures.py",
     "processing_m3.py",
+    "video_processing_m3.py",
+    "videos.py",
     "visual_tokens.py",
 )
 

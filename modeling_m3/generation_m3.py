@@ -69,6 +69,8 @@ class M3LlavaGenerationMixin(GenerationMixin):
         keep = kwargs.pop("auto_keep", None)
         if kwargs.get("num_visual_tokens") is not None and (numbers := self._automatic_numbers(kwargs)) is not None:
             return self._generate_automatically(numbers, keep, encoded_images, *args, **kwargs)
+        input_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        self._check_context(input_ids, encoded_images, kwargs)
         if encoded_images is not None:
             if kwargs.get("pixel_values") is not None:
                 raise ValueError(ONE_KIND_OF_IMAGES)
@@ -76,7 +78,6 @@ class M3LlavaGenerationMixin(GenerationMixin):
             with torch.no_grad():
                 tokens = self.get_visual_tokens(encoded_images, scales, sampling)
             kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tokens)}
-        input_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         is_assistant = getattr(kwargs.get("generation_config"), "is_assistant", False)
         assistant = kwargs.get("assistant_model")
         draws_on = None
@@ -90,6 +91,39 @@ class M3LlavaGenerationMixin(GenerationMixin):
             own = {"image": _encode(self, images)} if images.get("pixel_values") is not None else {}
             kwargs["mm_encoder_outputs"] = {**own, "assistant": draws_on}
         return super().generate(*args, **kwargs)
+
+    def _check_context(self, input_ids: Any, encoded: M3LlavaEncodedImages | None, kwargs: dict[str, Any]) -> None:
+        """Raises `ValueError` for prompts with images that are longer than the language model's context, before they are
+        encoded: many frames are soon too many. It names the numbers of visual tokens at which they would fit."""
+        context = getattr(self.config.text_config, "max_position_embeddings", None)
+        if input_ids is None or input_ids.ndim != 2 or context is None or input_ids.shape[1] <= context:
+            return
+        rope = getattr(self.config.text_config, "rope_parameters", None) or {}
+        mask, layouts = kwargs.get("attention_mask"), encoded.layouts if encoded is not None else None
+        lengths = (torch.ones_like(input_ids) if mask is None or mask.ndim != 2 else mask).sum(1)
+        if layouts is None and kwargs.get("pixel_values") is not None:
+            facts = as_lists(kwargs.get("image_sizes"), kwargs.get("image_tile_grids"))
+            _, layouts = self.config.image_tiles(kwargs["pixel_values"], *facts, kwargs.get("image_grid_pinpoints"))
+        if layouts is None or rope.get("rope_type") == "dynamic" or lengths.max() <= context:
+            return
+        longest = int(lengths.argmax())
+        placeholders = (input_ids == self.config.image_token_id).sum(1).tolist()
+        length, visual = int(lengths[longest]), placeholders[longest]
+        text, alone = length - visual, len(input_ids) == 1
+        costs = {
+            scale: sum(layout.count(scale) for layout in layouts) for scale in sorted(self.config.visual_token_scales)
+        }
+        fitting = [scale for scale, cost in costs.items() if alone and text + cost <= context]
+        if fitting:
+            advice = f"At num_visual_tokens={fitting[-1]} it has {text + costs[fitting[-1]]}."
+        elif alone:
+            advice = f"Its {len(layouts)} pictures do not fit even at {min(costs)} each: give fewer, or another model."
+        else:
+            advice = "Give a smaller num_visual_tokens, or fewer pictures."
+        raise ValueError(
+            f"A prompt has {length} tokens, {visual} of them visual, which is more than the language model's context of "
+            f"{context}. {advice}"
+        )
 
     def _automatic_numbers(self, kwargs: dict[str, Any]) -> list[int] | None:
         """The numbers of visual tokens, where the model is to choose one of them."""

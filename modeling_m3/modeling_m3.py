@@ -34,6 +34,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .automatic_budget_m3 import M3LlavaAutomaticBudgetMixin
 from .configuration_m3 import M3LlavaConfig
+from .encoding_m3 import M3LlavaEncodingMixin
 from .generation_m3 import ONE_KIND_OF_IMAGES, M3LlavaGenerationMixin
 from .loading_m3 import M3LlavaLoadingMixin
 from .objective_m3 import matryoshka_loss, warn_of_adapters
@@ -47,12 +48,8 @@ from .outputs_m3 import (
     M3LlavaModelOutputWithPast,
 )
 from .visual_tokens import (
-    SAMPLINGS,
     as_lists,
-    check_choice,
-    check_num_visual_tokens,
     laid_out,
-    pool_tiles,
 )
 
 
@@ -111,7 +108,7 @@ class M3LlavaPreTrainedModel(M3LlavaLoadingMixin, M3LlavaAutomaticBudgetMixin, P
     The vision tower, the projector and the language model without its head.
     """
 )
-class M3LlavaModel(M3LlavaPreTrainedModel):
+class M3LlavaModel(M3LlavaPreTrainedModel, M3LlavaEncodingMixin):
     _auto_class = "AutoModel"  # saving copies the code along
 
     def __init__(self, config: M3LlavaConfig):
@@ -152,51 +149,7 @@ class M3LlavaModel(M3LlavaPreTrainedModel):
         """
         sizes, grids = as_lists(image_sizes, image_tile_grids)
         tiles, layouts = self.config.image_tiles(pixel_values, sizes, grids, image_grid_pinpoints)
-        outputs = self.vision_tower(torch.cat(tiles), **kwargs)
-        features = outputs.last_hidden_state
-        # CODEPATH: LLaVA checkpoints drop the class token; those trained with the original's `cls_patch` keep it.
-        kept = features if self.config.keeps_class_token else features[:, 1:]
-        return M3LlavaEncodedImages(
-            last_hidden_state=features,
-            tile_features=self.multi_modal_projector(kept),
-            layouts=layouts,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-    def get_visual_tokens(
-        self,
-        encoded: M3LlavaEncodedImages,
-        num_visual_tokens: torch.LongTensor | list[int] | int | None = None,
-        visual_token_sampling: str | None = None,
-    ) -> list[torch.FloatTensor]:
-        """
-        The visual tokens of encoded images at one scale, or at each image's own; the vision tower does not run again.
-
-        Args:
-            encoded: what `encode_images` returned.
-            num_visual_tokens: tokens per tile, for all images or for each; the finest scale by default.
-            visual_token_sampling: how tiles are reduced to them; the configuration's way by default.
-
-        Returns:
-            One (`ImageLayout.count(scale)`, d) per image.
-
-        Raises:
-            ValueError: for a number the configuration does not offer, and for an unknown sampling.
-        """
-        sampling = visual_token_sampling or self.config.visual_token_sampling
-        check_choice("visual_token_sampling", sampling, SAMPLINGS)
-        layouts, offered = encoded.layouts, self.config.visual_token_scales
-        [numbers] = as_lists(num_visual_tokens)
-        scales = check_num_visual_tokens(laid_out(numbers, offered), offered, len(layouts))
-        newline = self.image_newline
-        if newline is not None:
-            newline = newline.to(encoded.tile_features.device, encoded.tile_features.dtype)
-        images = encoded.tile_features.split([layout.num_tiles for layout in layouts])
-        return [
-            layout.merge(tiles if layout.keeps_class_token else pool_tiles(tiles, scale, sampling), newline)
-            for tiles, layout, scale in zip(images, layouts, scales)
-        ]
+        return M3LlavaEncodedImages(**self._encode_tiles(torch.cat(tiles), **kwargs), layouts=layouts)
 
     @can_return_tuple
     @auto_docstring(
@@ -384,6 +337,10 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationM
         **kwargs: Unpack[TransformersKwargs],
     ) -> M3LlavaEncodedImages:
         return self.model.encode_images(pixel_values, image_sizes, image_tile_grids, **kwargs)
+
+    def encode_video(self, *args: Any, **kwargs: Any) -> M3LlavaEncodedImages:
+        """See [`M3LlavaModel.encode_video`]."""
+        return self.model.encode_video(*args, **kwargs)
 
     def get_visual_tokens(
         self,

@@ -13,6 +13,7 @@
 # limitations under the License.
 """What the M3 model takes, in the words of its documentation, and what it returns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,8 @@ class M3LlavaEncodedImages(ModelOutput):
             What the projector made of it: the finest visual tokens of every tile, image after image.
         layouts (`list[ImageLayout]`):
             How the visual tokens of every image are laid out, and how many tiles it has.
+        timestamps (`list[float]`, *optional*):
+            Of a video, when each frame is shown, in seconds.
         hidden_states, attentions (`tuple[torch.FloatTensor]`, *optional*):
             The vision tower's, if they were asked for.
     """
@@ -84,6 +87,19 @@ class M3LlavaEncodedImages(ModelOutput):
     layouts: list[ImageLayout] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    timestamps: list[float] | None = None
+
+    @classmethod
+    def cat(cls, encoded: "Sequence[M3LlavaEncodedImages]") -> "M3LlavaEncodedImages":
+        """Images and frames that were encoded one after the other, as if they had been together: what prompts show, in reading
+        order. Raises `ValueError` for frames that are kept at different numbers of visual tokens."""
+        kept = sorted({one.tile_features.shape[1] for one in encoded})
+        if len(kept) != 1:
+            raise ValueError(f"Frames are kept at {kept} visual tokens: encode all at the same number, at least one.")
+        return cls(
+            tile_features=torch.cat([one.tile_features for one in encoded]),
+            layouts=[layout for one in encoded for layout in one.layouts],
+        )
 
 
 class _WithImages(ModelOutput):

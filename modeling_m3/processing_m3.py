@@ -16,21 +16,22 @@
 import copy
 import inspect
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .pictures import open_pictures
+from .video_processing_m3 import VIDEO_MARK, VideoProcessingMixin, videos_as_images
 from .visual_tokens import (
     AUTO,
     MERGE_TYPES,
+    ONE_VIEW,
     ImageLayout,
     as_plain,
+    cat_tiles,
     check_choice,
     check_num_visual_tokens,
     check_pinpoints,
@@ -68,13 +69,6 @@ M3LlavaProcessorKwargs._defaults = {}
 MAKES_TEXT_PLAIN = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 
 
-def _cat_tiles(tensors: Sequence[torch.Tensor], dim: int = 0, **kwargs: Any) -> torch.Tensor:
-    """As `torch.cat`; images with fewer tiles than others get zeros after their last."""
-    if dim == 0 and all(pixels.ndim == 5 for pixels in tensors) and len({pixels.shape[1] for pixels in tensors}) > 1:
-        return pad_sequence([image for pixels in tensors for image in pixels], batch_first=True)
-    return torch.cat(tensors, dim=dim, **kwargs)
-
-
 # trf-ignore: TRF057 - see configuration_m3.py
 class _Tiles(torch.Tensor):
     """Pixels, (images, tiles, c, h, w), that `torch.cat` joins with those of images with another number of tiles.
@@ -87,7 +81,7 @@ class _Tiles(torch.Tensor):
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            result = (_cat_tiles if function is torch.cat else function)(*args, **kwargs)
+            result = (cat_tiles if function is torch.cat else function)(*args, **kwargs)
             return result.as_subclass(cls) if function is torch.Tensor.to else result
 
     def __deepcopy__(self, memo: dict) -> torch.Tensor:
@@ -98,7 +92,7 @@ class _Tiles(torch.Tensor):
 
 
 # trf-ignore: TRF057 - see configuration_m3.py
-class M3LlavaProcessor(ProcessorMixin):
+class M3LlavaProcessor(VideoProcessingMixin, ProcessorMixin):
     """
     Turns images and text into the inputs of [`M3LlavaForConditionalGeneration`].
 
@@ -159,19 +153,35 @@ class M3LlavaProcessor(ProcessorMixin):
         return {**super().to_dict(), "num_visual_tokens": as_plain(self.num_visual_tokens)}
 
     # trf-ignore: TRF057 - see configuration_m3.py
-    def __call__(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any):
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        videos: Any = None,
+        **kwargs: Any,
+    ):
         """
-        Prepares images and text for the model.
+        Prepares images, videos and text for the model.
 
         Args:
             images: One image, a list, or a list per prompt: PIL images, arrays, tensors, paths, URLs, bytes or open files.
                 None in a list is no image.
-            text: One prompt or a list, with one `<image>` per image. Where the tokenizer begins prompts with a token, so do
+            text: One prompt or a list, with one `<image>` per image and one `<video>` per video. Where the tokenizer begins prompts with a token, so do
                 `input_ids`, once, whether or not the text is written with it.
             num_visual_tokens (`int` or `list[int]`, or numpy's or torch's, *optional*): What each image may cost, per tile: one of
                 `visual_token_scales` for all images, or a list with one per image in reading order. "auto" in place of a number
                 lays out the finest scale's placeholders and returns 0: `generate` chooses.
             image_grid_pinpoints (`list[list[int]]`, *optional*): Resolutions for this call, as (height, width).
+            videos: One video, a list, or a list per prompt: paths, URLs, bytes or open files; lists of pictures; arrays or
+                tensors of bytes, (frames, height, width, channels); what `encode_video` returned. Every frame is an image of
+                one view, to the model and for `num_visual_tokens`, which may have one entry for each video too: a number for
+                all of its frames, or a list with one for each.
+            total_visual_tokens (`int`, *optional*): In place of `num_visual_tokens`, for each video: what its frames may cost
+                together. See `share_visual_tokens`.
+            num_frames, fps, video_start, video_end, when_short, video_fps (*optional*): Which frames; see `sample_video`.
+            video_layout (`str`, *optional*, defaults to `"frames"`): Or `"collage"`: the frames in one image, as the authors
+                do it, with their sentence.
+            add_timestamps (`bool`, *optional*, defaults to `False`): Write before each frame when it is shown: `1.5s: `.
             kwargs: Anything the tokenizer and the image processor take: `return_tensors`, `padding`, ...
 
         Returns:
@@ -183,9 +193,6 @@ class M3LlavaProcessor(ProcessorMixin):
             ValueError: for a number of visual tokens this checkpoint does not offer, for texts that are none, for numbers
                 of images and of `<image>` marks that differ, and where truncation would cut an image's placeholders.
         """
-        images = None if images is None else open_pictures(images)
-        if isinstance(images, list) and all(isinstance(group, list) and not group for group in images):
-            images = None  # no image for any prompt
         # Before 5.24 the dicts that are handed on may be emptied: a caller's must survive for the next call.
         kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
         for given in (kwargs, kwargs.get("images_kwargs", {})):  # transformers would refuse numpy's and torch's numbers
@@ -196,7 +203,13 @@ class M3LlavaProcessor(ProcessorMixin):
             kwargs["num_visual_tokens"] = self._number_for_an_engine(numbers)
             kwargs.get("images_kwargs", {}).pop("num_visual_tokens", None)
         if text is not None:
-            text = self._begin_once([text] if isinstance(text, str) else text, kwargs)
+            text = _prompts(text)
+        images, text = self._lay_out_videos(images, text, videos, kwargs)
+        images = None if images is None else open_pictures(images)
+        if isinstance(images, list) and all(isinstance(group, list) and not group for group in images):
+            images = None  # no image for any prompt
+        if text is not None:
+            text = self._begin_once(text, kwargs)
         return super().__call__(images=images, text=text, **kwargs)
 
     def tokenize_prompts(self, prompts: list[str]) -> list[list[int]]:
@@ -207,9 +220,7 @@ class M3LlavaProcessor(ProcessorMixin):
 
     def _begin_once(self, prompts: list[str], kwargs: dict[str, Any]) -> list[str]:
         """Has every prompt begin with the tokenizer's first token once; the rest is tokenized as if it stood alone."""
-        is_list = isinstance(prompts, (list, tuple)) and len(prompts) > 0
-        if not is_list or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"text={prompts!r}: give one prompt, or a list with at least one.")
+        prompts = _prompts(prompts)
         bos, tokenizer = self.tokenizer.bos_token, self.tokenizer
         if bos is None or tokenizer("")["input_ids"][:1] != [tokenizer.bos_token_id]:
             return prompts  # such tokenizers take prompts as they are
@@ -227,12 +238,31 @@ class M3LlavaProcessor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' own, on every release."""
+        """As transformers' own, on every release, and for videos: `{"type": "video", "path": ..., "num_frames": 8}`, where path may
+        be url or video too, and options of a call may stand that are meant for this one alone.
+
+        They stand where a template puts an image; what is not tokenized has `<video>` there.
+        """
+        conversation, is_video = videos_as_images(conversation)
+        if any(is_video) and kwargs.get("return_assistant_tokens_mask"):
+            raise ValueError(
+                "return_assistant_tokens_mask cannot be had with videos: give their frames as images, which it counts."
+            )
         if not MAKES_TEXT_PLAIN and kwargs.keys() - inspect.signature(super().apply_chat_template).parameters:
             kwargs, processor_kwargs = {**(processor_kwargs or {}), **kwargs}, None
-        return super().apply_chat_template(
+        rendered = super().apply_chat_template(
             conversation, chat_template=chat_template, processor_kwargs=processor_kwargs, **kwargs
         )
+        if kwargs.get("tokenize") or not any(is_video):
+            return rendered
+        prompts = [rendered] if isinstance(rendered, str) else rendered
+        if sum(prompt.count(self.image_token) for prompt in prompts) != len(is_video):
+            raise ValueError(
+                f"A text of this chat holds {self.image_token}: its images and videos cannot be told from it."
+            )
+        marks = iter([VIDEO_MARK if video else self.image_token for video in is_video])
+        prompts = [re.sub(re.escape(self.image_token), lambda _: next(marks), prompt) for prompt in prompts]
+        return prompts[0] if isinstance(rendered, str) else prompts
 
     def validate_inputs(self, images: ImageInput | None = None, text: Any = None, **kwargs: Any) -> None:
         """Checks what a caller passed before transformers' own type checks, whose messages name no allowed value."""
@@ -273,10 +303,19 @@ class M3LlavaProcessor(ProcessorMixin):
     def _process_images(
         self, images: ImageInput, num_visual_tokens: int | list[int] | None = None, **kwargs: Any
     ) -> tuple[dict, list[str]]:
-        scales = self._scales(num_visual_tokens, len(make_flat_list_of_images(images)))
+        pictures = make_flat_list_of_images(images)
+        scales = self._scales(num_visual_tokens, len(pictures))
+        stands = [getattr(picture, "stands_for", None) for picture in pictures]
+        if isinstance(stands[0], ImageLayout):  # encoded already, and then all are
+            scale_of = [scale or max(self.visual_token_scales) for scale in scales]
+            counts = [layout.count(scale) for layout, scale in zip(stands, scale_of)]
+            return {"num_visual_tokens": scales}, [self.image_token * count for count in counts]
         if kwargs.get("image_grid_pinpoints") is None:  # to the image processor, None is a value of its own
             kwargs.pop("image_grid_pinpoints", None)
-        image_inputs = self.image_processor(images, **kwargs)
+        if any(stands):
+            image_inputs = self._prepare_pictures(pictures, self.image_processor, **kwargs)
+        else:
+            image_inputs = self.image_processor(images, **kwargs)
         view_size = tuple(image_inputs["pixel_values"][0].shape[-2:])
         if view_size != (self._tile_size, self._tile_size):
             raise ValueError(
@@ -297,9 +336,9 @@ class M3LlavaProcessor(ProcessorMixin):
             return MultiModalData()
         numbers = self._number_for_an_engine(kwargs.get("num_visual_tokens"))
         scales = self._scales(numbers, len(image_sizes))
-        pinpoints = kwargs.get("image_grid_pinpoints") or getattr(self.image_processor, "image_grid_pinpoints", None)
-        grids = [pinpoints and tile_grid(size, pinpoints, self._tile_size) for size in image_sizes]
-        counts = [self._layout(*facts).count(scale) for *facts, scale in zip(grids, image_sizes, scales)]
+        pinpoints = kwargs.get("image_grid_pinpoints")
+        layouts = [self._picture_layout(size, pinpoints) for size in image_sizes]
+        counts = [layout.count(scale) for layout, scale in zip(layouts, scales)]
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
     @classmethod
@@ -338,9 +377,26 @@ class M3LlavaProcessor(ProcessorMixin):
             return max(self.visual_token_scales)
         return num_visual_tokens
 
+    def _pinpoints(self, asked: Any = None) -> Any:
+        """The resolutions that pictures are cut into tiles at, those of a call first; None for one view."""
+        return asked or getattr(self.image_processor, "image_grid_pinpoints", None)
+
+    def _picture_layout(self, size: tuple[int, int], pinpoints: Any = None) -> ImageLayout:
+        """How the model lays out a picture of (height, width)."""
+        pinpoints = self._pinpoints(pinpoints)
+        return self._layout(pinpoints and tile_grid(size, pinpoints, self._tile_size), size)
+
     def _layout(self, grid: Any, size: Any) -> ImageLayout:
         grid, size = (facts if facts is None else tuple(map(int, facts)) for facts in (grid, size))
+        grid = None if grid == ONE_VIEW else grid
         return ImageLayout(grid, size, self.patch_merge_type, keeps_class_token(self.vision_feature_select_strategy))
+
+
+def _prompts(text: Any) -> list[str]:
+    prompts = [text] if isinstance(text, str) else text
+    if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"text={text!r}: give one prompt, or a list with at least one.")
+    return list(prompts)
 
 
 __all__ = ["M3LlavaProcessor"]

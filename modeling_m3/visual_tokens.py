@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 SAMPLINGS = ("average", "spatial", "sequential")
@@ -37,6 +38,10 @@ MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 SELECT_STRATEGIES = ("default", "full")
 AUTO = "auto"  # in place of a number: the model chooses
 AUTO_NUMBER = 0  # what the processor writes for it
+ONE_VIEW = (
+    -1,
+    -1,
+)  # in place of a grid, among images that are cut into tiles: one that is not, as the frame of a video
 MOST_TILES = 1024  # of an image: where callers may choose its resolution, one must not take all memory there is
 
 
@@ -273,7 +278,8 @@ def split_tiles(
     Args:
         pixel_values: (images, channels, height, width), one view per image; or (images, tiles, channels, height, width)
             with zeros after an image's last tile; or a list with one such tensor per image.
-        image_tile_grids: (rows, columns) of tiles of every image, (0, 0) for one view.
+        image_tile_grids: (rows, columns) of tiles of every image, (0, 0) for one view; `ONE_VIEW` for one that is not cut
+            among images that are.
 
     Returns:
         One (t, channels, height, width) per image, and its grid as `ImageLayout` takes it.
@@ -301,15 +307,25 @@ def split_tiles(
             "image_grid_pinpoints that they were cut by."
         )
     grids = [(0, 0)] * len(tiles) if image_tile_grids is None else [tuple(grid) for grid in image_tile_grids]
-    if not all(len(grid) == 2 and all(isinstance(n, int) and n >= 0 for n in grid) for grid in grids):
+    is_grid = [len(grid) == 2 and all(isinstance(n, int) and n >= 0 for n in grid) for grid in grids]
+    if not all(known or grid == ONE_VIEW for known, grid in zip(is_grid, grids)):
         raise ValueError(f"image_tile_grids={grids}: give the (rows, columns) of every image, whole numbers from 0.")
-    counts = [1 + rows * columns for rows, columns in grids]
+    counts = [1 if grid == ONE_VIEW else 1 + grid[0] * grid[1] for grid in grids]
     if len(counts) != len(tiles) or any(n < count for n, count in zip(held, counts)):
         raise ValueError(
             f"pixel_values hold {held} tiles, but by image_tile_grids, or by image_sizes and image_grid_pinpoints, they "
             f"should be {counts}. Pass all that the processor returned."
         )
-    return [image[:count] for image, count in zip(tiles, counts)], [None] * len(grids) if is_one_view else grids
+    one_view = [is_one_view or grid == ONE_VIEW for grid in grids]
+    grids = [None if is_one else grid for is_one, grid in zip(one_view, grids)]
+    return [image[:count] for image, count in zip(tiles, counts)], grids
+
+
+def cat_tiles(tensors: Sequence[torch.Tensor], dim: int = 0, **kwargs: Any) -> torch.Tensor:
+    """As `torch.cat`; images with fewer tiles than others, (images, tiles, c, h, w), get zeros after their last."""
+    if dim == 0 and all(pixels.ndim == 5 for pixels in tensors) and len({pixels.shape[1] for pixels in tensors}) > 1:
+        return pad_sequence([image for pixels in tensors for image in pixels], batch_first=True)
+    return torch.cat(tensors, dim=dim, **kwargs)
 
 
 def pool_tiles(features: torch.Tensor, scale: int, sampling: str = "average") -> torch.Tensor:

@@ -1,0 +1,304 @@
+"""m3-tiny for video: `python -m m3_training.m3_tiny.video FOLDER`.
+
+Fine-tunes m3-tiny on generated clips, each seen as a random number of frames with a random number of visual tokens for every
+frame, and counts what it then answers where the same number of tokens is spent on many frames or on few.
+"""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from PIL import Image
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import modeling_m3
+from m3_conversion.card import model_card
+from m3_conversion.writer import new_folder, write_other_files
+from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaProcessor
+from modeling_m3.outputs_m3 import M3LlavaEncodedImages
+from modeling_m3.visual_tokens import ImageLayout
+
+from .clips import KINDS, clip, frame_indices, held_out_clips
+from .data import Records
+from .evaluate import _answered, _batches, _layout
+from .muon import MuonWithAdamW
+from .scenes import Question
+
+
+# (frames, visual tokens per frame), by how many tokens they are together.
+TESTED = {
+    36: ((1, 36), (4, 9), (36, 1)),
+    144: ((1, 144), (4, 36), (16, 9), (144, 1)),
+    576: ((1, 576), (4, 144), (16, 36), (64, 9)),
+}
+# A step has one of these totals, for which its rows have about the same length. The smaller ones are learned from faster.
+SHARES = {36: 0.3, 144: 0.55, 576: 0.15}
+OTHERS = {36: ((1, 9), (4, 1), (16, 1)), 144: ((64, 1),), 576: ()}
+
+STEPS = 900
+ROWS = 16  # of a step
+PICTURE_ROWS = 2  # of them, those of m3-tiny's own task, which would be forgotten otherwise
+POOL = 800  # clips, and as many pictures, that training sees; clips in ever other takes
+QUESTIONS = 4  # at most, of a row
+# To find out when something changes is learned best where there is nothing else to learn.
+FIRST_PART = 0.3
+IN_TIME = ("blinks", "first", "when")
+LEARNING_RATE = 1e-3
+
+
+class Lessons(Dataset):
+    """Steps of training, each a batch that follows from its number. Pictures go through the frozen vision tower once.
+
+    Args:
+        model, processor: of the checkpoint that is trained.
+        steps: how many.
+    """
+
+    def __init__(self, model: M3LlavaForConditionalGeneration, processor: M3LlavaProcessor, steps: int):
+        self.model, self.processor, self.steps = model, processor, steps
+        self.records = Records(POOL, "video")
+        self._seen: dict[str, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        """What the tower saw of the rows' pictures, which of them each row shows with how many tokens, and the rows' texts."""
+        if not 0 <= step < self.steps:
+            raise IndexError(step)
+        rng = random.Random(f"m3-tiny video {step}")
+        first_part = step < FIRST_PART * self.steps
+        total = 144 if first_part else rng.choices(list(SHARES), list(SHARES.values()))[0]
+        seen, shown, tokens, layouts, kinds, before = [], [], [], [], [], 0
+        for row in range(ROWS):
+            if row < PICTURE_ROWS:
+                features, order, questions = self._picture(rng)
+                number = rng.choice([scale for scale in self.processor.visual_token_scales if scale <= total])
+            else:
+                pairs = ((144, 1), (144, 1), (64, 1), (36, 1), (16, 9)) if first_part else TESTED[total] + OTHERS[total]
+                frames, number = rng.choice(pairs)
+                features, order, questions = self._clip(rng, IN_TIME if first_part else KINDS)
+                order = [order[index] for index in frame_indices(frames)]
+            distinct = sorted(set(order))
+            seen.append(features[distinct])
+            shown.append(torch.tensor([before + distinct.index(picture) for picture in order]))
+            before += len(distinct)
+            tokens.append(number)
+            layouts.append(_layout(self.processor, questions, len(order) * number))
+            kinds.append([question.kind for question in questions])
+        return {
+            "seen": torch.cat(seen),
+            "shown": shown,
+            "tokens": tokens,
+            "kinds": kinds,
+            **_padded(layouts, self.processor.tokenizer.pad_token_id),
+        }
+
+    def _clip(self, rng: random.Random, kinds: Sequence[str]) -> tuple[torch.Tensor, list[int], list[Question]]:
+        seed = rng.randrange(POOL)
+        made = clip(f"train {seed}", take=rng.randrange(1 << 30))
+        asked = [question for question in made.questions if question.kind in kinds]
+        features = self._features(f"clip {seed}", made.pictures)
+        return features, made.order, rng.sample(asked, min(QUESTIONS, len(asked)))
+
+    def _picture(self, rng: random.Random) -> tuple[torch.Tensor, list[int], list[Question]]:
+        index = rng.randrange(POOL)
+        record = self.records[index]
+        texts = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
+        questions = [Question("picture", *pair) for pair in zip(texts[::2], texts[1::2])]
+        features = self._features(f"picture {index}", [record["image"]])
+        return features, [0], rng.sample(questions, min(QUESTIONS, len(questions)))
+
+    def _features(self, name: str, pictures: list[Image.Image]) -> torch.Tensor:
+        if name not in self._seen:
+            self._seen[name] = see(self.model, self.processor, pictures).half()
+        return self._seen[name]
+
+
+@torch.no_grad()
+def see(
+    model: M3LlavaForConditionalGeneration, processor: M3LlavaProcessor, pictures: list[Image.Image]
+) -> torch.Tensor:
+    """(pictures, 576, size): what the vision tower makes of them, for the projector."""
+    pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    return model.model.vision_tower(pixel_values.to(model.device, model.dtype)).last_hidden_state[:, 1:]
+
+
+def visual_tokens(
+    model: M3LlavaForConditionalGeneration,
+    seen: torch.Tensor,
+    shown: Sequence[torch.Tensor],
+    tokens: Sequence[int],
+) -> list[torch.Tensor]:
+    """(frames * tokens, d) for every row: as if each frame were an image, but every distinct picture is pooled once.
+
+    Args:
+        seen: (pictures, 576, size), of `see`.
+        shown: (frames,), which of the pictures the row's frames show.
+        tokens: of each frame, by row.
+    """
+    features = model.model.multi_modal_projector(seen.to(model.dtype))
+    encoded = M3LlavaEncodedImages(tile_features=features, layouts=[ImageLayout(None, None, "flat")] * len(features))
+    pooled = {scale: torch.stack(model.get_visual_tokens(encoded, scale)) for scale in set(tokens)}
+    return [pooled[scale][pictures].flatten(0, 1) for pictures, scale in zip(shown, tokens)]
+
+
+class ClipTrainer(Trainer):
+    """Trains on `Lessons` in their order; logs how many questions of each kind were answered right."""
+
+    hits: dict[str, list[bool]] = defaultdict(list)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        ids, groups = inputs["ids"], inputs["groups"]
+        # Questions about a clip see its frames and not each other: one answer could give away another.
+        same = groups[:, :, None] == groups[:, None, :]
+        allowed = (same | (groups[:, None, :] == 0)) & torch.ones_like(same[0]).tril()
+        mask = torch.zeros_like(allowed, dtype=model.dtype).masked_fill(~allowed, torch.finfo(model.dtype).min)
+        embeds = model.get_input_embeddings()(ids)
+        visual = torch.cat(visual_tokens(model, inputs["seen"], inputs["shown"], inputs["tokens"]))
+        embeds = embeds.masked_scatter((ids == model.config.image_token_id)[..., None], visual)
+        hidden = model.model.language_model(
+            inputs_embeds=embeds, attention_mask=mask[:, None], position_ids=inputs["positions"], use_cache=False
+        ).last_hidden_state
+        row, column = torch.where(inputs["labels"][:, 1:] != -100)
+        target = inputs["labels"][row, column + 1]
+        logits = model.lm_head(hidden[row, column])
+        self._count(inputs["kinds"], row, groups[row, column + 1], logits.argmax(-1) == target)
+        return cross_entropy(logits, target)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs |= {kind: round(sum(hits) / len(hits), 3) for kind, hits in sorted(self.hits.items())}
+        self.hits.clear()
+        super().log(logs, start_time)
+
+    def _count(self, kinds: list[list[str]], row: torch.Tensor, group: torch.Tensor, right: torch.Tensor) -> None:
+        answers = [[True] * len(asked) for asked in kinds]
+        for r, number, ok in zip(row.tolist(), group.tolist(), right.tolist()):
+            answers[r][number - 1] &= ok
+        for asked, answered in zip(kinds, answers):
+            for kind, ok in zip(asked, answered):
+                self.hits[kind].append(ok)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        return SequentialSampler(self.train_dataset)
+
+
+def train(folder: Path, steps: int = STEPS, seed: int = 0) -> Path:
+    """Trains, going on from the last checkpoint in the folder if there is one. Returns the folder of the result."""
+    final = folder / "final"
+    if final.exists():
+        return final
+    set_seed(seed)
+    model, processor = modeling_m3.load(modeling_m3.default_checkpoint())
+    model.automatic_budget = None  # it was fitted to other weights
+    model.model.vision_tower.requires_grad_(False)
+    arguments = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        max_steps=steps,
+        per_device_train_batch_size=1,  # a batch of `ROWS`
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 20,
+        disable_tqdm=True,
+        logging_steps=20,
+        save_steps=100,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        report_to=[],
+    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = MuonWithAdamW(model, [{"params": trained, "lr": LEARNING_RATE, "weight_decay": 0.05}])
+    trainer = ClipTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Lessons(model, processor, steps),
+        data_collator=_only,
+        optimizers=(optimizer, None),
+    )
+    checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).exists() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    source = modeling_m3.default_checkpoint()
+    card = model_card(
+        "m3-tiny-video", "m3-tiny", model.config, trained_for_scales=True, source=source, license="apache-2.0"
+    )
+    with new_folder(final, overwrite=False) as partial:
+        model.save_pretrained(partial)
+        write_other_files(partial, model.config, processor, model.generation_config, card)
+    return final
+
+
+@torch.no_grad()
+def evaluate(checkpoint: Path, count: int = 200) -> dict[str, Any]:
+    """By tokens in all, by frames x tokens and by kind of question: the share that greedy generation answers exactly."""
+    model, processor = modeling_m3.load(checkpoint)
+    model.eval()
+    hits: dict[tuple[int, int], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for batch in _batches(held_out_clips(count), 16):
+        seen = [see(model, processor, made.pictures) for made in batch]
+        kinds = [question.kind for made in batch for question in made.questions]
+        for frames, tokens in (pair for pairs in TESTED.values() for pair in pairs):
+            features = []
+            for made, pictures in zip(batch, seen):
+                shown = torch.tensor([made.order[index] for index in frame_indices(frames)])
+                features += visual_tokens(model, pictures, [shown], [tokens])
+            right = _answered(model, processor, [made.questions for made in batch], features)
+            for kind, ok in zip(kinds, right):
+                hits[frames, tokens][kind].append(ok)
+    return {
+        str(total): {
+            f"{frames}x{tokens}": {kind: sum(found) / len(found) for kind, found in hits[frames, tokens].items()}
+            for frames, tokens in pairs
+        }
+        for total, pairs in TESTED.items()
+    }
+
+
+def table(accuracy: dict[str, Any]) -> str:
+    """The result of `evaluate` in Markdown, in percent."""
+    lines = [f"| tokens | frames x tokens | {' | '.join(KINDS)} |", f"|--:|--:|{'--:|' * len(KINDS)}"]
+    for total, pairs in accuracy.items():
+        for pair, kinds in pairs.items():
+            numbers = " | ".join(f"{100 * kinds[kind]:.1f}" for kind in KINDS)
+            lines.append(f"| {total} | {pair} | {numbers} |")
+    return "\n".join(lines)
+
+
+def _padded(layouts: list[dict[str, list[int]]], pad: int) -> dict[str, torch.Tensor]:
+    """The rows' texts as tensors of one length."""
+    length = max(len(layout["ids"]) for layout in layouts)
+    fill = {"ids": pad, "positions": 0, "labels": -100, "groups": -1}
+    return {
+        name: torch.tensor([layout[name] + [value] * (length - len(layout[name])) for layout in layouts])
+        for name, value in fill.items()
+    }
+
+
+def _only(batches: list[dict[str, Any]]) -> dict[str, Any]:
+    return batches[0]
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Where checkpoints and results go; it goes on where it was stopped.")],
+    steps: Annotated[int, typer.Option(help="Of training.")] = STEPS,
+    clips: Annotated[int, typer.Option(help="Held-out ones, to measure it on.")] = 200,
+) -> None:
+    """Trains m3-tiny on clips and measures it."""
+    accuracy = evaluate(train(folder, steps), clips)
+    (folder / "accuracy.json").write_text(json.dumps(accuracy, indent=1) + "\n", encoding="utf-8")
+    print(table(accuracy))
+
+
+if __name__ == "__main__":
+    typer.run(main)

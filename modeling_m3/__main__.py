@@ -1,14 +1,15 @@
-"""`m3-ask IMAGE "PROMPT"`: asks an M3 checkpoint about a picture, at one number of visual tokens or at all of them.
+"""`m3-ask FILE "PROMPT"`: asks an M3 checkpoint about a picture or a video, at one number of visual tokens or at all of them.
 
 Not part of a checkpoint: no file that travels with one imports this.
 """
 
+import re
 import sys
 import textwrap
 import time
 from collections.abc import Callable
 from logging import Formatter, StreamHandler, getLogger
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 import torch
@@ -23,6 +24,8 @@ from transformers.utils import logging
 import modeling_m3
 from modeling_m3.pictures import open_pictures
 from modeling_m3.processing_m3 import MAKES_TEXT_PLAIN
+from modeling_m3.video_processing_m3 import SAMPLING_OPTIONS
+from modeling_m3.videos import sample_video
 from modeling_m3.visual_tokens import AUTO, AUTO_NUMBER
 
 from .any_checkpoint import M3Checkpoint, find
@@ -37,6 +40,8 @@ NOT_TRAINED = (
     "this checkpoint was trained at {} visual tokens alone, and answers worse with fewer. m3-train trains it for all numbers: "
     "docs/training.md."
 )
+
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -68,7 +73,7 @@ def _print_version(asked: bool) -> None:
 
 @app.command()
 def ask(
-    image: Annotated[str, typer.Argument(metavar="IMAGE", help="The picture: a file, or a URL.")],
+    image: Annotated[str, typer.Argument(metavar="FILE", help="A picture, or a video: a file, or a URL.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask about it.")],
     model: Annotated[
         str | None,
@@ -86,10 +91,23 @@ def ask(
     num_visual_tokens: Annotated[
         str | None,
         typer.Option(
-            help="Visual tokens the picture may cost, per tile, or auto: as many as the question needs. The checkpoint's "
-            "default if left out."
+            help="Visual tokens the picture may cost, per tile, or each frame of a video, or auto: as many as the question "
+            "needs. The checkpoint's default if left out; for a video, as many altogether as one picture has at most."
         ),
     ] = None,
+    total_visual_tokens: Annotated[
+        int | None, typer.Option(help="Visual tokens all frames of a video may cost together, in place of the other.")
+    ] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames of a video, evenly spaced. 6 if left out.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second, in place of --num-frames.")] = None,
+    video_start: Annotated[float | None, typer.Option(help="Seconds from which on a video is shown.")] = None,
+    video_end: Annotated[float | None, typer.Option(help="Seconds up to which a video is shown.")] = None,
+    video_layout: Annotated[
+        Literal["frames", "collage"], typer.Option(help="Every frame by itself, or all in one picture.")
+    ] = "frames",
+    timestamps: Annotated[
+        bool, typer.Option("--timestamps", help="Tell the model when each frame of a video is shown.")
+    ] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Answer at every scale of the checkpoint, and by auto.")
     ] = False,
@@ -104,9 +122,14 @@ def ask(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    """Answers a question about a picture, at the number of visual tokens you choose."""
-    if compare and num_visual_tokens is not None:
+    """Answers a question about a picture or a video, at the number of visual tokens you choose."""
+    if compare and (num_visual_tokens is not None or total_visual_tokens is not None):
         raise typer.BadParameter("--compare answers at every number of visual tokens: leave --num-visual-tokens out")
+    options = {"num_frames": num_frames, "fps": fps, "video_start": video_start, "video_end": video_end}
+    options |= {"total_visual_tokens": total_visual_tokens, "add_timestamps": timestamps or None}
+    options = {name: value for name, value in options.items() if value is not None}
+    if video_layout != "frames":
+        options["video_layout"] = video_layout
     number = int(num_visual_tokens) if num_visual_tokens and num_visual_tokens.isdecimal() else num_visual_tokens
     if model is None and not quiet:
         print(f"m3-ask: {M3_TINY}", file=sys.stderr)
@@ -117,6 +140,7 @@ def ask(
             prompt,
             lambda: find(name, quantize=quantize, dtype=dtype, revision=revision),
             number,
+            options,
             compare,
             max_new_tokens,
             device,
@@ -125,7 +149,7 @@ def ask(
     except KeyboardInterrupt as stop:
         print("m3-ask: stopped, nothing was written", file=sys.stderr)
         raise typer.Exit(128 + stop.args[0]) from stop
-    except (ValueError, OSError, SafetensorError, NotImplementedError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError, NotImplementedError) as error:
         if debug:
             raise
         print(f"m3-ask: {' '.join(str(error).split())}", file=sys.stderr)
@@ -137,12 +161,16 @@ def _ask(
     prompt: str,
     find_checkpoint: Callable[[], M3Checkpoint],
     num_visual_tokens: int | str | None,
+    options: dict[str, Any],
     compare: bool,
     max_new_tokens: int,
     device: str | None,
     quiet: bool,
 ) -> None:
-    picture = _open_picture(image)
+    is_video = _is_video(image)
+    if options and not is_video:
+        raise ValueError(f"{image} is a picture: {', '.join(options)} are for videos.")
+    medium = {"type": "video", "video": image} if is_video else {"type": "image", "image": _open_picture(image)}
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     from m3_conversion.signals import handling_signals  # the conversion is imported when it may be needed
@@ -150,7 +178,8 @@ def _ask(
     with handling_signals(_interrupt):  # so that a conversion leaves nothing half-written
         checkpoint = find_checkpoint()
     processor = AutoProcessor.from_pretrained(checkpoint.name, **checkpoint.processor_arguments)
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
+    if is_video and not compare and num_visual_tokens is processor.num_visual_tokens is None:
+        options.setdefault("total_visual_tokens", max(processor.visual_token_scales))
     written = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.content in prompt]
     as_text = {"sanitize_control_tokens": True} if written else {}
     if written and not MAKES_TEXT_PLAIN:
@@ -158,18 +187,21 @@ def _ask(
             f"The question holds {written[0]}, which is no text to a checkpoint: transformers 5.24 can ask it as text."
         )
 
-    def prepare(scale: int | str | None) -> Any:
+    def prepare(scale: int | str | None, medium: dict[str, Any], options: dict[str, Any]) -> Any:
         return processor.apply_chat_template(
-            [{"role": "user", "content": content}],
+            [{"role": "user", "content": [medium, {"type": "text", "text": prompt}]}],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"num_visual_tokens": scale},
+            processor_kwargs={"num_visual_tokens": scale, **options},
             **as_text,
         )
 
-    inputs = prepare(num_visual_tokens)  # refuses a wrong number before the weights are loaded
+    scales = sorted(processor.visual_token_scales)
+    inputs = prepare(
+        scales[0] if compare else num_visual_tokens, medium, options
+    )  # refuses a wrong number before the weights are loaded
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForImageTextToText.from_pretrained(
         checkpoint.name, **checkpoint.model_arguments, device_map=device
@@ -194,21 +226,28 @@ def _ask(
     if not compare:
         *_, output = answer(inputs, show=True)
         if AUTO_NUMBER in inputs["num_visual_tokens"].tolist():
-            chosen, spent = output.num_visual_tokens.item(), output.visual_tokens_spent.item()
-            print(f"m3-ask: chose {chosen} visual tokens; all passes together took {spent}", file=sys.stderr)
+            chosen, spent = output.num_visual_tokens.tolist(), output.visual_tokens_spent.item()
+            each = f" for each of {len(chosen)} frames" if len(chosen) > 1 else ""
+            print(f"m3-ask: chose {chosen[0]} visual tokens{each}; all passes together took {spent}", file=sys.stderr)
         return
-    scales = sorted(processor.visual_token_scales)
-    answer(prepare(scales[0]), show=False, max_new_tokens=1)  # warm up: the first call is slower
-    images, start = prepare(scales[0]).to(model.device), time.perf_counter()
+    answer(inputs, show=False, max_new_tokens=1)  # warm up: the first call is slower
+    images, start = inputs.to(model.device), time.perf_counter()
     with torch.no_grad():
         encoded = model.encode_images(images["pixel_values"], images.get("image_sizes"), images["image_tile_grids"])
     print(f"encoded once in {time.perf_counter() - start:.3f} s")
+    medium = {"type": "video", "video": encoded}
+    if "add_timestamps" in options:
+        encoded.timestamps = sample_video(image, **{k: options[k] for k in SAMPLING_OPTIONS if k in options}).timestamps
+        medium["add_timestamps"] = True
     print("visual tokens  first token    total  answer")
     for scale in [*scales, *([AUTO] if len(scales) > 1 else [])]:
-        inputs = prepare(scale)
-        inputs.pop("pixel_values")
-        streamer, first, total, output = answer(inputs, show=False, encoded_images=encoded)
+        inputs = prepare(scale, medium, {})
         tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
+        context = model.config.text_config.max_position_embeddings
+        if scale != AUTO and inputs["input_ids"].shape[1] > context:
+            print(f"{tokens:>13}  more than the language model's context of {context} tokens")
+            continue
+        streamer, first, total, output = answer(inputs, show=False, encoded_images=encoded)
         if scale == AUTO:
             tokens = f"{AUTO}: {output.visual_tokens_spent.item()}"
         row = f"{tokens:>13}  {first:>9.3f} s  {total:>4.3f} s  "
@@ -217,6 +256,15 @@ def _ask(
 
 def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt(signum)
+
+
+def _is_video(name: str) -> bool:
+    """By its name; a GIF that moves is one."""
+    suffix = PurePath(re.split("[?#]", name)[0]).suffix.lower()
+    if suffix == ".gif" and Path(name).is_file():
+        with open_pictures(name) as picture:
+            return getattr(picture, "is_animated", False)
+    return suffix in VIDEO_SUFFIXES
 
 
 def _open_picture(image: str) -> Image.Image:

@@ -21,10 +21,11 @@ from .scenes import COLORS, SHAPES, TEST_FONTS, TRAIN_FONTS, Question, _Code, _P
 FRAMES_PER_SECOND = 12
 SECONDS = 12
 FRAMES = FRAMES_PER_SECOND * SECONDS
-KINDS = ("blinks", "first", "when", "code", "shape", "color")
+IN_TIME = ("blinks", "first", "when")  # kinds of questions that need many frames
+KINDS = (*IN_TIME, "code", "shape", "color")
 
 # How long the large shape is gone when it blinks, and how long it is there at least before and after.
-BLINK_FRAMES = 3
+BLINK_FRAMES = 4
 BETWEEN_BLINKS = 6
 MOST_BLINKS = 5
 # Shapes appear in the middle of a second, never at its edge, where nobody could tell which one it is.
@@ -50,7 +51,7 @@ class Clip:
 
 
 def clip(seed: int | str, fonts: Sequence[str] = TRAIN_FONTS, take: int = 0) -> Clip:
-    """The clip of this seed: either its large shape blinks, or two more shapes appear, one after the other.
+    """The clip of this seed: its large shape blinks, or a shape appears, or two of them appear, one after the other.
 
     Args:
         seed: decides everything; two seeds of different text are independent.
@@ -59,13 +60,14 @@ def clip(seed: int | str, fonts: Sequence[str] = TRAIN_FONTS, take: int = 0) -> 
     """
     stage = _stage(seed, tuple(fonts))
     rng = random.Random(f"m3-tiny clip {seed} take {take}")
-    order, questions = _blinks(stage, rng) if stage.blinks else _appearances(stage, rng)
-    main = stage.things[0]
-    questions += [
-        Question("code", rng.choice(("What does the code say?", "Read the code.")), stage.code),
-        Question("shape", "Which shape is there from the start?", main.shape),
-        Question("color", "What color is the shape that is there from the start?", main.color),
-    ]
+    order, questions = {"blinks": _blinks, "when": _appearance, "first": _two_appearances}[stage.story](stage, rng)
+    questions.append(Question("code", rng.choice(("What does the code say?", "Read the code.")), stage.code))
+    if stage.story == "blinks":  # only there is a shape from the start
+        [(shape, color)] = stage.things
+        questions += [
+            Question("shape", "What is the large shape?", shape),
+            Question("color", "What color is the large shape?", color),
+        ]
     return Clip(stage.pictures, order, questions)
 
 
@@ -118,29 +120,18 @@ def write_video(clip: Clip, file: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Thing:
-    """A shape on the canvas, in what it is called."""
-
-    shape: str
-    color: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.color} {self.shape}"
-
-
-@dataclass(frozen=True)
 class _Stage:
     """What a seed decides for all takes.
 
     Attributes:
-        blinks: whether the first thing blinks; else two other things appear.
-        things: the one that is there from the start, then in the order in which they appear.
-        pictures: with the thing and without it; or with the first of them, the first two, all three.
+        story: the kind of the question that needs many frames.
+        things: (shape, color) of each, in the order in which they appear.
+        code: what is written there all the time.
+        pictures: without any of them, with the first, and with both.
     """
 
-    blinks: bool
-    things: list[_Thing]
+    story: str
+    things: list[tuple[str, str]]
     code: str
     pictures: list[Image.Image]
 
@@ -148,30 +139,27 @@ class _Stage:
 @lru_cache(maxsize=64)
 def _stage(seed: int | str, fonts: tuple[str, ...]) -> _Stage:
     rng = random.Random(f"m3-tiny clip {seed}")
-    blinks = rng.random() < 0.5
+    story = rng.choice(IN_TIME)
+    number = 2 if story == "first" else 1
     while True:
         painter = _Painter(rng, _VIEW, fonts)
         text = _Code(painter.random_code(), rng, fonts, rng.uniform(16, 30), painter.scale)
-        edges = [rng.uniform(0.3, 0.42) * _VIEW, *(rng.uniform(0.22, 0.3) * _VIEW for _ in range(2))]
-        boxes = [painter._place(edge, edge) for edge in edges]
+        boxes = [painter._place(edge, edge) for edge in (rng.uniform(0.28, 0.42) * _VIEW for _ in range(number))]
         code_box = painter._place(text.width, text.height)
         # A video's sides are even, as those of unscaled canvases are, and nothing may hide behind what appears.
         if painter.scale == 1 and _are_apart(painter.taken):
             break
     painter._write(text, *code_box[:2])
-    shapes, colors = rng.sample(SHAPES, 3), list[int]()
-    while len(colors) < 3:
+    shapes, colors = rng.sample(SHAPES, number), [painter._color()]
+    while len(colors) < number:
         color = painter._color()
         colors += [color] if color not in colors else []
-    fills = [_rgb(rng, color) for color in colors]
-    pictures = []
-    for shown in (1, 0) if blinks else (1, 2, 3):
-        picture = painter.picture.copy()
-        for shape, box, fill in list(zip(shapes, boxes, fills))[:shown]:
-            draw_shape(ImageDraw.Draw(picture), shape, box, fill)
+    pictures = [painter.picture]
+    for shape, color, box in zip(shapes, colors, boxes):
+        picture = pictures[-1].copy()
+        draw_shape(ImageDraw.Draw(picture), shape, box, _rgb(rng, color))
         pictures.append(picture)
-    things = [_Thing(shape, list(COLORS)[color]) for shape, color in zip(shapes, colors)]
-    return _Stage(blinks, things, text.code, pictures)
+    return _Stage(story, [(shape, list(COLORS)[color]) for shape, color in zip(shapes, colors)], text.code, pictures)
 
 
 def _are_apart(boxes: Sequence[tuple[float, float, float, float]]) -> bool:
@@ -187,22 +175,29 @@ def _blinks(stage: _Stage, rng: random.Random) -> tuple[list[int], list[Question
     # Room that is left between blinks, cut at random: every way to place them is as likely.
     free = FRAMES - count * BLINK_FRAMES - (count + 1) * BETWEEN_BLINKS
     cuts = sorted(rng.randint(0, free) for _ in range(count))
-    order = [0] * FRAMES
+    order = [1] * FRAMES
     for number, cut in enumerate(cuts):
         start = BETWEEN_BLINKS + cut + number * (BLINK_FRAMES + BETWEEN_BLINKS)
-        order[start : start + BLINK_FRAMES] = [1] * BLINK_FRAMES
-    return order, [Question("blinks", f"How often does the {stage.things[0].name} vanish?", str(count))]
+        order[start : start + BLINK_FRAMES] = [0] * BLINK_FRAMES
+    [(shape, _)] = stage.things
+    return order, [Question("blinks", f"How often does the {shape} vanish?", str(count))]
 
 
-def _appearances(stage: _Stage, rng: random.Random) -> tuple[list[int], list[Question]]:
-    first = rng.randrange(SECONDS - 1)
-    second = rng.randint(first + 1, min(SECONDS - 1, first + MOST_SECONDS_BETWEEN))
-    starts = [at * FRAMES_PER_SECOND + rng.randint(*APPEAR_IN_SECOND) for at in (first, second)]
-    order = [sum(frame >= start for start in starts) for frame in range(FRAMES)]
-    _, earlier, later = stage.things
-    asked = rng.sample((earlier, later), 2)
-    return order, [
-        Question("first", f"Which shape appears first, the {asked[0].name} or the {asked[1].name}?", earlier.shape),
-        Question("when", f"At which second does the {earlier.name} appear?", str(first)),
-        Question("when", f"At which second does the {later.name} appear?", str(second)),
-    ]
+def _appearance(stage: _Stage, rng: random.Random) -> tuple[list[int], list[Question]]:
+    second = rng.randrange(SECONDS)
+    [(shape, _)] = stage.things
+    return _order(rng, second), [Question("when", f"At which second does the {shape} appear?", str(second))]
+
+
+def _two_appearances(stage: _Stage, rng: random.Random) -> tuple[list[int], list[Question]]:
+    earlier = rng.randrange(SECONDS - 1)
+    later = rng.randint(earlier + 1, min(SECONDS - 1, earlier + MOST_SECONDS_BETWEEN))
+    names = [f"{color} {shape}" for shape, color in rng.sample(stage.things, 2)]
+    question = Question("first", f"Which is there first, the {names[0]} or the {names[1]}?", stage.things[0][0])
+    return _order(rng, earlier, later), [question]
+
+
+def _order(rng: random.Random, *seconds: int) -> list[int]:
+    """Which picture each frame shows if in each of these seconds one thing more appears."""
+    starts = [second * FRAMES_PER_SECOND + rng.randint(*APPEAR_IN_SECOND) for second in seconds]
+    return [sum(frame >= start for start in starts) for frame in range(FRAMES)]

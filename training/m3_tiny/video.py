@@ -26,7 +26,7 @@ from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaProcessor
 from modeling_m3.outputs_m3 import M3LlavaEncodedImages
 from modeling_m3.visual_tokens import ImageLayout
 
-from .clips import KINDS, clip, frame_indices, held_out_clips
+from .clips import IN_TIME, KINDS, clip, frame_indices, held_out_clips
 from .data import Records
 from .evaluate import _answered, _batches, _layout
 from .muon import MuonWithAdamW
@@ -43,19 +43,20 @@ TESTED = {
 SHARES = {36: 0.3, 144: 0.55, 576: 0.15}
 OTHERS = {36: ((1, 9), (4, 1), (16, 1)), 144: ((64, 1),), 576: ()}
 
-STEPS = 900
+STEPS = 1200
 ROWS = 16  # of a step
 PICTURE_ROWS = 2  # of them, those of m3-tiny's own task, which would be forgotten otherwise
-POOL = 800  # clips, and as many pictures, that training sees; clips in ever other takes
-QUESTIONS = 4  # at most, of a row
+# A step's clips are drawn from so many, of which so many are new: the tower takes more time than all else, and the same
+# pictures in another take are as good to learn from, but codes that are seen often are remembered instead of read.
+WINDOW, NEW = 150, 1
+QUESTIONS = 2  # at most, of a row
 # To find out when something changes is learned best where there is nothing else to learn.
-FIRST_PART = 0.3
-IN_TIME = ("blinks", "first", "when")
+FIRST_PART, FIRST_PAIRS = 0.4, ((36, 1), (36, 1), (144, 1))
 LEARNING_RATE = 1e-3
 
 
 class Lessons(Dataset):
-    """Steps of training, each a batch that follows from its number. Pictures go through the frozen vision tower once.
+    """Steps of training, each a batch that follows from its number. Vision tower and projector are frozen: they see a picture once.
 
     Args:
         model, processor: of the checkpoint that is trained.
@@ -64,28 +65,32 @@ class Lessons(Dataset):
 
     def __init__(self, model: M3LlavaForConditionalGeneration, processor: M3LlavaProcessor, steps: int):
         self.model, self.processor, self.steps = model, processor, steps
-        self.records = Records(POOL, "video")
+        self.records = Records(steps + WINDOW, "video")
         self._seen: dict[str, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        """What the tower saw of the rows' pictures, which of them each row shows with how many tokens, and the rows' texts."""
+        """What is seen of the rows' pictures, which of them each row shows with how many tokens, and the rows' texts."""
         if not 0 <= step < self.steps:
             raise IndexError(step)
         rng = random.Random(f"m3-tiny video {step}")
         first_part = step < FIRST_PART * self.steps
-        total = 144 if first_part else rng.choices(list(SHARES), list(SHARES.values()))[0]
+        if first_part:
+            pairs = (rng.choice(FIRST_PAIRS),)
+            total = pairs[0][0]
+        else:
+            [total] = rng.choices(list(SHARES), list(SHARES.values()))
+            pairs = TESTED[total] + OTHERS[total]
         seen, shown, tokens, layouts, kinds, before = [], [], [], [], [], 0
         for row in range(ROWS):
             if row < PICTURE_ROWS:
-                features, order, questions = self._picture(rng)
+                features, order, questions = self._picture(step, rng)
                 number = rng.choice([scale for scale in self.processor.visual_token_scales if scale <= total])
             else:
-                pairs = ((144, 1), (144, 1), (64, 1), (36, 1), (16, 9)) if first_part else TESTED[total] + OTHERS[total]
                 frames, number = rng.choice(pairs)
-                features, order, questions = self._clip(rng, IN_TIME if first_part else KINDS)
+                features, order, questions = self._clip(step, rng, IN_TIME if first_part else KINDS)
                 order = [order[index] for index in frame_indices(frames)]
             distinct = sorted(set(order))
             seen.append(features[distinct])
@@ -102,15 +107,17 @@ class Lessons(Dataset):
             **_padded(layouts, self.processor.tokenizer.pad_token_id),
         }
 
-    def _clip(self, rng: random.Random, kinds: Sequence[str]) -> tuple[torch.Tensor, list[int], list[Question]]:
-        seed = rng.randrange(POOL)
+    def _clip(
+        self, step: int, rng: random.Random, kinds: Sequence[str]
+    ) -> tuple[torch.Tensor, list[int], list[Question]]:
+        seed = NEW * step + rng.randrange(WINDOW)
         made = clip(f"train {seed}", take=rng.randrange(1 << 30))
         asked = [question for question in made.questions if question.kind in kinds]
         features = self._features(f"clip {seed}", made.pictures)
         return features, made.order, rng.sample(asked, min(QUESTIONS, len(asked)))
 
-    def _picture(self, rng: random.Random) -> tuple[torch.Tensor, list[int], list[Question]]:
-        index = rng.randrange(POOL)
+    def _picture(self, step: int, rng: random.Random) -> tuple[torch.Tensor, list[int], list[Question]]:
+        index = step + rng.randrange(WINDOW)
         record = self.records[index]
         texts = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
         questions = [Question("picture", *pair) for pair in zip(texts[::2], texts[1::2])]
@@ -119,6 +126,8 @@ class Lessons(Dataset):
 
     def _features(self, name: str, pictures: list[Image.Image]) -> torch.Tensor:
         if name not in self._seen:
+            if len(self._seen) > 3 * WINDOW:
+                del self._seen[next(iter(self._seen))]  # the oldest
             self._seen[name] = see(self.model, self.processor, pictures).half()
         return self._seen[name]
 
@@ -127,9 +136,9 @@ class Lessons(Dataset):
 def see(
     model: M3LlavaForConditionalGeneration, processor: M3LlavaProcessor, pictures: list[Image.Image]
 ) -> torch.Tensor:
-    """(pictures, 576, size): what the vision tower makes of them, for the projector."""
+    """(pictures, 576, d): what vision tower and projector make of them."""
     pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-    return model.model.vision_tower(pixel_values.to(model.device, model.dtype)).last_hidden_state[:, 1:]
+    return model.encode_images(pixel_values.to(model.device, model.dtype)).tile_features
 
 
 def visual_tokens(
@@ -141,14 +150,56 @@ def visual_tokens(
     """(frames * tokens, d) for every row: as if each frame were an image, but every distinct picture is pooled once.
 
     Args:
-        seen: (pictures, 576, size), of `see`.
+        seen: (pictures, 576, d), of `see`.
         shown: (frames,), which of the pictures the row's frames show.
         tokens: of each frame, by row.
     """
-    features = model.model.multi_modal_projector(seen.to(model.dtype))
-    encoded = M3LlavaEncodedImages(tile_features=features, layouts=[ImageLayout(None, None, "flat")] * len(features))
+    layouts = [ImageLayout(None, None, "flat")] * len(seen)
+    encoded = M3LlavaEncodedImages(tile_features=seen.to(model.dtype), layouts=layouts)
     pooled = {scale: torch.stack(model.get_visual_tokens(encoded, scale)) for scale in set(tokens)}
     return [pooled[scale][pictures].flatten(0, 1) for pictures, scale in zip(shown, tokens)]
+
+
+class FloatMuon(torch.optim.Optimizer):
+    """torch's Muon, which takes most of a step's time on CPUs that compute in float32 only: it wants bfloat16."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for weight in group["params"]:
+                by_shape[weight.shape].append(weight)
+            for (rows, columns), weights in by_shape.items():
+                updates = torch.stack([self._with_momentum(weight) for weight in weights])
+                factor = group["lr"] * 0.2 * max(rows, columns) ** 0.5
+                for weight, update in zip(weights, orthogonal(updates)):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-factor)
+
+    def _with_momentum(self, weight: torch.Tensor) -> torch.Tensor:
+        state = self.state[weight]
+        if not state:
+            state["momentum"] = torch.zeros_like(weight)
+        state["momentum"].lerp_(weight.grad, 0.05)
+        return weight.grad.lerp(state["momentum"], 0.95)
+
+
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """(n, rows, columns), every singular value near 1: the iteration of Newton and Schulz with Muon's numbers."""
+    wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        square = wide @ wide.mT
+        wide = 3.4445 * wide + (-4.775 * square + 2.0315 * square @ square) @ wide
+    return wide.mT if matrices.shape[1] > matrices.shape[2] else wide
+
+
+class FloatMuonWithAdamW(MuonWithAdamW):
+    """The same with `FloatMuon`."""
+
+    def __init__(self, model: torch.nn.Module, groups: list[dict[str, Any]]):
+        super().__init__(model, groups)
+        self.parts[0] = FloatMuon(self.parts[0].param_groups, {})
+        self.param_groups = self._groups_of_parts()
 
 
 class ClipTrainer(Trainer):
@@ -202,6 +253,7 @@ def train(folder: Path, steps: int = STEPS, seed: int = 0) -> Path:
     model, processor = modeling_m3.load(modeling_m3.default_checkpoint())
     model.automatic_budget = None  # it was fitted to other weights
     model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(False)
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         seed=seed,
@@ -219,7 +271,7 @@ def train(folder: Path, steps: int = STEPS, seed: int = 0) -> Path:
         report_to=[],
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = MuonWithAdamW(model, [{"params": trained, "lr": LEARNING_RATE, "weight_decay": 0.05}])
+    optimizer = FloatMuonWithAdamW(model, [{"params": trained, "lr": LEARNING_RATE, "weight_decay": 0.05}])
     trainer = ClipTrainer(
         model=model,
         args=arguments,

@@ -229,10 +229,10 @@ class _Views:
         ]
 
     def _padded(self, image: Any, background: tuple, size: SizeDict | None, resample: Any) -> Any:
-        """The picture in the middle of a square canvas; of the wanted size already where the canvas would be a large one.
+        """The picture in the middle of a square canvas, of the wanted size already where it is of bytes.
 
         Resizing by PIL is two passes: every row is narrowed by itself, then every column is shortened. So rows can be padded
-        and narrowed band by band, those without any of the picture once, to the same bits.
+        and narrowed band by band, to the same bits. A canvas is touched nowhere then.
         """
         height, edge = image.shape[-2], max(image.shape[-2:])
         wanted = size and (size.shortest_edge or (size.height == size.width and size.height))
@@ -240,7 +240,7 @@ class _Views:
             np.uint8,
             torch.uint8,
         )  # others may be brought into bytes by what the whole picture holds
-        if edge**2 <= BAND_PIXELS or not wanted or size.longest_edge or not is_bytes:
+        if not wanted or size.longest_edge or not is_bytes:
             if edge**2 > MOST_PIXELS:
                 raise _too_large(image.shape[-2:], f"is padded to a square of {edge}x{edge}")
             return self._on_canvas(image, edge, edge, background)
@@ -251,18 +251,23 @@ class _Views:
             canvas = self._on_canvas(rows, rows.shape[-2], edge, background)
             return self.resize(canvas, SizeDict(height=rows.shape[-2], width=wanted), resample)
 
-        band, top = max(1, BAND_PIXELS // edge), (edge - height) // 2
+        band = max(1, BAND_PIXELS // edge)
         rows = [narrowed(image[:, start : start + band]) for start in range(0, height, band)]
-        empty = narrowed(image[:, :1, :0])
-        rows = [empty] * top + rows + [empty] * (edge - top - height)
-        joined = np.concatenate(rows, axis=1) if isinstance(image, np.ndarray) else torch.cat(rows, dim=1)
-        return self.resize(joined, SizeDict(height=wanted, width=wanted), resample)
+        if len(rows) > 1:
+            rows = [np.concatenate(rows, axis=1) if isinstance(image, np.ndarray) else torch.cat(rows, dim=1)]
+        # What is of one colour stays so: the rows without any of the picture need not be narrowed.
+        canvas = self._on_canvas(rows[0], edge, wanted, background)
+        return self.resize(canvas, SizeDict(height=wanted, width=wanted), resample)
 
     @staticmethod
     def _on_canvas(image: Any, height: int, width: int, background: tuple[int, ...]) -> Any:
         """The picture in the middle of a canvas of one colour."""
         if image.shape[-2:] == (height, width):
             return image
+        if (
+            isinstance(image, torch.Tensor) and image.is_cpu and image.dtype == torch.uint8
+        ):  # numpy starts no threads for it
+            return torch.from_numpy(_Views._on_canvas(image.numpy(), height, width, background))
         top, left = (height - image.shape[-2]) // 2, (width - image.shape[-1]) // 2
         # In memory it is (h, w, c), as PIL has it. Written row by row: pixel by pixel is several times slower.
         if isinstance(image, np.ndarray):
@@ -356,11 +361,27 @@ class M3LlavaImageProcessor(_Views, TorchvisionBackend):
 
     def _normalized(self, images: list[list[torch.Tensor]], *normalization: Any) -> torch.Tensor:
         """Rescaled and normalized views, (images, most views, c, h, w); zeros after an image's last."""
-        _, _, do_normalize, *_ = normalization
+        do_rescale, rescale_factor, do_normalize, mean, std = normalization
         views = [view for image in images for view in image]
-        if do_normalize:  # which takes floats: bytes that lie pixel after pixel are slow to put channel after channel
-            views = [view.float() for view in views]
-        views = self.rescale_and_normalize(torch.stack(views), *normalization)
+        _check_one_shape(views)
+        if (
+            do_normalize
+        ):  # where memory is new, touching it takes longer than the arithmetic: so all is done in one piece
+            joined = views[0].new_empty((len(views), *views[0].shape), dtype=torch.float32)
+            for view, values in zip(views, joined):
+                if (
+                    view.is_cpu and view.dtype == torch.uint8
+                ):  # numpy changes the order of pixels and channels several times faster
+                    values.numpy()[:] = view.numpy()
+                else:
+                    values.copy_(view)
+            mean, std, _ = self._fuse_mean_std_and_rescale_factor(
+                do_normalize, mean, std, do_rescale, rescale_factor, joined.device
+            )
+            mean, std = (torch.as_tensor(value, device=joined.device)[:, None, None] for value in (mean, std))
+            views = joined.sub_(mean).div_(std)
+        else:
+            views = self.rescale_and_normalize(torch.stack(views), *normalization)
         counts = [len(image) for image in images]
         if len(set(counts)) == 1:
             return views.unflatten(0, (len(counts), counts[0]))
@@ -422,18 +443,22 @@ def _too_large(image_size: tuple[int, int], becomes: str) -> ValueError:
     )
 
 
+def _check_one_shape(views: list) -> None:
+    shapes = sorted({tuple(view.shape) for view in views})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"Views of the shapes {shapes} do not fit into one batch: let images be converted to RGB, resized and cropped."
+        )
+
+
 def _in_one_array(images: list[list[np.ndarray]], table: np.ndarray | None = None) -> np.ndarray:
     """The views of every image, (images, most views, c, h, w), zeros after an image's last.
 
     With a `table`, (c, 256), values of its type in place of bytes. Raises `ValueError` for views of different shapes.
     """
-    shapes = sorted({view.shape for views in images for view in views})
-    if len(shapes) > 1:
-        raise ValueError(
-            f"Views of the shapes {shapes} do not fit into one batch: let images be converted to RGB, resized and cropped."
-        )
+    _check_one_shape([view for views in images for view in views])
     dtype = np.result_type(*{view.dtype for views in images for view in views}) if table is None else table.dtype
-    values = np.empty((len(images), max(map(len, images)), *shapes[0]), dtype)
+    values = np.empty((len(images), max(map(len, images)), *images[0][0].shape), dtype)
     for views, out in zip(images, values):
         out[len(views) :] = 0
         for view, to in zip(views, out):

@@ -13,7 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import av
+import torch
 from PIL import Image, ImageDraw
+
+from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaProcessor
+from modeling_m3.outputs_m3 import M3LlavaEncodedImages
+from modeling_m3.visual_tokens import ImageLayout
 
 from .scenes import COLORS, SHAPES, TEST_FONTS, TRAIN_FONTS, Question, _Code, _Painter, _rgb, draw_shape
 
@@ -31,6 +36,21 @@ MOST_BLINKS = 5
 # Shapes appear in the middle of a second, never at its edge, where nobody could tell which one it is.
 APPEAR_IN_SECOND = (3, 8)
 MOST_SECONDS_BETWEEN = 2  # from the first shape to the second: too short for few frames to see which was first
+
+# (frames, visual tokens per frame), by how many tokens they are together.
+TESTED = {
+    36: ((1, 36), (4, 9), (36, 1)),
+    144: ((1, 144), (4, 36), (16, 9), (144, 1)),
+    576: ((1, 576), (4, 144), (16, 36), (64, 9)),
+}
+# A step has one of these totals, for which its rows have about the same length. The smaller ones are learned from faster.
+SHARES = {36: 0.45, 144: 0.45, 576: 0.1}
+# Trained on in their place: those that most is to be learned from are there several times.
+TRAINED = {
+    36: ((1, 36), (4, 9), (1, 9), (16, 1), *4 * ((36, 1),)),
+    144: (*2 * ((1, 144),), (4, 36), *2 * ((16, 9),), (64, 1), *4 * ((144, 1),)),
+    576: (*TESTED[576], (64, 9)),
+}
 
 _VIEW = 336
 
@@ -77,6 +97,12 @@ def frame_indices(count: int) -> list[int]:
     return [step * number for number in range(count)]
 
 
+def training_pairs(rng: random.Random) -> tuple[tuple[int, int], ...]:
+    """(frames, tokens) to choose from for the rows of one step: of one total, so that they are about as long."""
+    [total] = rng.choices(list(SHARES), list(SHARES.values()))
+    return TRAINED[total]
+
+
 def frames_of(clip: Clip, indices: Iterable[int]) -> list[Image.Image]:
     """The pictures that these frames of the clip show."""
     return [clip.pictures[clip.order[index]] for index in indices]
@@ -117,6 +143,34 @@ def write_video(clip: Clip, file: Path) -> None:
         for picture in frames_of(clip, range(FRAMES)):
             container.mux(stream.encode(av.VideoFrame.from_image(picture)))
         container.mux(stream.encode())
+
+
+@torch.no_grad()
+def see(
+    model: M3LlavaForConditionalGeneration, processor: M3LlavaProcessor, pictures: list[Image.Image]
+) -> torch.Tensor:
+    """(pictures, 576, d): what vision tower and projector make of them."""
+    pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    return model.encode_images(pixel_values.to(model.device, model.dtype)).tile_features
+
+
+def visual_tokens(
+    model: M3LlavaForConditionalGeneration,
+    seen: torch.Tensor,
+    shown: Sequence[torch.Tensor],
+    tokens: Sequence[int],
+) -> list[torch.Tensor]:
+    """(frames * tokens, d) for every row: as if each frame were an image, but every distinct picture is pooled once.
+
+    Args:
+        seen: (pictures, 576, d), of `see`.
+        shown: (frames,), which of the pictures the row's frames show.
+        tokens: of each frame, by row.
+    """
+    layouts = [ImageLayout(None, None, "flat")] * len(seen)
+    encoded = M3LlavaEncodedImages(tile_features=seen.to(model.dtype), layouts=layouts)
+    pooled = {scale: torch.stack(model.get_visual_tokens(encoded, scale)) for scale in set(tokens)}
+    return [pooled[scale][pictures].flatten(0, 1) for pictures, scale in zip(shown, tokens)]
 
 
 @dataclass(frozen=True)

@@ -23,33 +23,22 @@ import modeling_m3
 from m3_conversion.card import model_card
 from m3_conversion.writer import new_folder, write_other_files
 from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaProcessor
-from modeling_m3.outputs_m3 import M3LlavaEncodedImages
-from modeling_m3.visual_tokens import ImageLayout
 
-from .clips import IN_TIME, KINDS, clip, frame_indices, held_out_clips
+from .clips import IN_TIME, KINDS, TESTED, clip, frame_indices, held_out_clips, see, training_pairs, visual_tokens
 from .data import Records
 from .evaluate import _answered, _batches, _layout
 from .muon import MuonWithAdamW
 from .scenes import Question
 
 
-# (frames, visual tokens per frame), by how many tokens they are together.
-TESTED = {
-    36: ((1, 36), (4, 9), (36, 1)),
-    144: ((1, 144), (4, 36), (16, 9), (144, 1)),
-    576: ((1, 576), (4, 144), (16, 36), (64, 9)),
-}
-# A step has one of these totals, for which its rows have about the same length. The smaller ones are learned from faster.
-SHARES = {36: 0.3, 144: 0.55, 576: 0.15}
-OTHERS = {36: ((1, 9), (4, 1), (16, 1)), 144: ((64, 1),), 576: ()}
-
-STEPS = 1200
+STEPS = 1500
 ROWS = 16  # of a step
 PICTURE_ROWS = 2  # of them, those of m3-tiny's own task, which would be forgotten otherwise
 # A step's clips are drawn from so many, of which so many are new: the tower takes more time than all else, and the same
 # pictures in another take are as good to learn from, but codes that are seen often are remembered instead of read.
 WINDOW, NEW = 150, 1
-QUESTIONS = 2  # at most, of a row
+QUESTIONS = 2  # at most, of a row; among them the one that needs many frames, where there are so many:
+MANY = 16
 # To find out when something changes is learned best where there is nothing else to learn.
 FIRST_PART, FIRST_PAIRS = 0.4, ((36, 1), (36, 1), (144, 1))
 LEARNING_RATE = 1e-3
@@ -73,24 +62,18 @@ class Lessons(Dataset):
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         """What is seen of the rows' pictures, which of them each row shows with how many tokens, and the rows' texts."""
-        if not 0 <= step < self.steps:
-            raise IndexError(step)
         rng = random.Random(f"m3-tiny video {step}")
         first_part = step < FIRST_PART * self.steps
-        if first_part:
-            pairs = (rng.choice(FIRST_PAIRS),)
-            total = pairs[0][0]
-        else:
-            [total] = rng.choices(list(SHARES), list(SHARES.values()))
-            pairs = TESTED[total] + OTHERS[total]
+        pairs = (rng.choice(FIRST_PAIRS),) if first_part else training_pairs(rng)
+        most = max(frames * number for frames, number in pairs)
         seen, shown, tokens, layouts, kinds, before = [], [], [], [], [], 0
         for row in range(ROWS):
             if row < PICTURE_ROWS:
                 features, order, questions = self._picture(step, rng)
-                number = rng.choice([scale for scale in self.processor.visual_token_scales if scale <= total])
+                number = rng.choice([scale for scale in self.processor.visual_token_scales if scale <= most])
             else:
                 frames, number = rng.choice(pairs)
-                features, order, questions = self._clip(step, rng, IN_TIME if first_part else KINDS)
+                features, order, questions = self._clip(step, rng, frames, IN_TIME if first_part else KINDS)
                 order = [order[index] for index in frame_indices(frames)]
             distinct = sorted(set(order))
             seen.append(features[distinct])
@@ -99,22 +82,20 @@ class Lessons(Dataset):
             tokens.append(number)
             layouts.append(_layout(self.processor, questions, len(order) * number))
             kinds.append([question.kind for question in questions])
-        return {
-            "seen": torch.cat(seen),
-            "shown": shown,
-            "tokens": tokens,
-            "kinds": kinds,
-            **_padded(layouts, self.processor.tokenizer.pad_token_id),
-        }
+        texts = _padded(layouts, self.processor.tokenizer.pad_token_id)
+        return {"seen": torch.cat(seen), "shown": shown, "tokens": tokens, "kinds": kinds, **texts}
 
     def _clip(
-        self, step: int, rng: random.Random, kinds: Sequence[str]
+        self, step: int, rng: random.Random, frames: int, kinds: Sequence[str]
     ) -> tuple[torch.Tensor, list[int], list[Question]]:
         seed = NEW * step + rng.randrange(WINDOW)
         made = clip(f"train {seed}", take=rng.randrange(1 << 30))
         asked = [question for question in made.questions if question.kind in kinds]
         features = self._features(f"clip {seed}", made.pictures)
-        return features, made.order, rng.sample(asked, min(QUESTIONS, len(asked)))
+        rng.shuffle(asked)
+        if frames >= MANY:
+            asked.sort(key=lambda question: question.kind not in IN_TIME)
+        return features, made.order, asked[:QUESTIONS]
 
     def _picture(self, step: int, rng: random.Random) -> tuple[torch.Tensor, list[int], list[Question]]:
         index = step + rng.randrange(WINDOW)
@@ -132,34 +113,6 @@ class Lessons(Dataset):
         return self._seen[name]
 
 
-@torch.no_grad()
-def see(
-    model: M3LlavaForConditionalGeneration, processor: M3LlavaProcessor, pictures: list[Image.Image]
-) -> torch.Tensor:
-    """(pictures, 576, d): what vision tower and projector make of them."""
-    pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-    return model.encode_images(pixel_values.to(model.device, model.dtype)).tile_features
-
-
-def visual_tokens(
-    model: M3LlavaForConditionalGeneration,
-    seen: torch.Tensor,
-    shown: Sequence[torch.Tensor],
-    tokens: Sequence[int],
-) -> list[torch.Tensor]:
-    """(frames * tokens, d) for every row: as if each frame were an image, but every distinct picture is pooled once.
-
-    Args:
-        seen: (pictures, 576, d), of `see`.
-        shown: (frames,), which of the pictures the row's frames show.
-        tokens: of each frame, by row.
-    """
-    layouts = [ImageLayout(None, None, "flat")] * len(seen)
-    encoded = M3LlavaEncodedImages(tile_features=seen.to(model.dtype), layouts=layouts)
-    pooled = {scale: torch.stack(model.get_visual_tokens(encoded, scale)) for scale in set(tokens)}
-    return [pooled[scale][pictures].flatten(0, 1) for pictures, scale in zip(shown, tokens)]
-
-
 class FloatMuon(torch.optim.Optimizer):
     """torch's Muon, which takes most of a step's time on CPUs that compute in float32 only: it wants bfloat16."""
 
@@ -169,18 +122,14 @@ class FloatMuon(torch.optim.Optimizer):
             by_shape = defaultdict(list)
             for weight in group["params"]:
                 by_shape[weight.shape].append(weight)
-            for (rows, columns), weights in by_shape.items():
-                updates = torch.stack([self._with_momentum(weight) for weight in weights])
-                factor = group["lr"] * 0.2 * max(rows, columns) ** 0.5
-                for weight, update in zip(weights, orthogonal(updates)):
+            for shape, weights in by_shape.items():
+                factor = group["lr"] * 0.2 * max(shape) ** 0.5
+                for weight, update in zip(weights, orthogonal(torch.stack([*map(self._momentum, weights)]))):
                     weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-factor)
 
-    def _with_momentum(self, weight: torch.Tensor) -> torch.Tensor:
-        state = self.state[weight]
-        if not state:
-            state["momentum"] = torch.zeros_like(weight)
-        state["momentum"].lerp_(weight.grad, 0.05)
-        return weight.grad.lerp(state["momentum"], 0.95)
+    def _momentum(self, weight: torch.Tensor) -> torch.Tensor:
+        momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+        return weight.grad.lerp(momentum.lerp_(weight.grad, 0.05), 0.95)
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
@@ -233,12 +182,11 @@ class ClipTrainer(Trainer):
         super().log(logs, start_time)
 
     def _count(self, kinds: list[list[str]], row: torch.Tensor, group: torch.Tensor, right: torch.Tensor) -> None:
-        answers = [[True] * len(asked) for asked in kinds]
+        answers: dict[tuple[int, int], bool] = defaultdict(lambda: True)
         for r, number, ok in zip(row.tolist(), group.tolist(), right.tolist()):
-            answers[r][number - 1] &= ok
-        for asked, answered in zip(kinds, answers):
-            for kind, ok in zip(asked, answered):
-                self.hits[kind].append(ok)
+            answers[r, number] &= ok
+        for (r, number), ok in answers.items():
+            self.hits[kinds[r][number - 1]].append(ok)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         return SequentialSampler(self.train_dataset)
@@ -250,7 +198,8 @@ def train(folder: Path, steps: int = STEPS, seed: int = 0) -> Path:
     if final.exists():
         return final
     set_seed(seed)
-    model, processor = modeling_m3.load(modeling_m3.default_checkpoint())
+    start = modeling_m3.default_checkpoint()
+    model, processor = modeling_m3.load(start)
     model.automatic_budget = None  # it was fitted to other weights
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(False)
@@ -276,15 +225,13 @@ def train(folder: Path, steps: int = STEPS, seed: int = 0) -> Path:
         model=model,
         args=arguments,
         train_dataset=Lessons(model, processor, steps),
-        data_collator=_only,
+        data_collator=lambda batches: batches[0],
         optimizers=(optimizer, None),
     )
     checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).exists() else None
     trainer.train(resume_from_checkpoint=checkpoint)
-    source = modeling_m3.default_checkpoint()
-    card = model_card(
-        "m3-tiny-video", "m3-tiny", model.config, trained_for_scales=True, source=source, license="apache-2.0"
-    )
+    about = {"trained_for_scales": True, "license": "apache-2.0", "training": f"{steps} steps on generated clips."}
+    card = model_card("m3-tiny-video", "m3-tiny", model.config, source=start, **about)
     with new_folder(final, overwrite=False) as partial:
         model.save_pretrained(partial)
         write_other_files(partial, model.config, processor, model.generation_config, card)
@@ -308,11 +255,9 @@ def evaluate(checkpoint: Path, count: int = 200) -> dict[str, Any]:
             right = _answered(model, processor, [made.questions for made in batch], features)
             for kind, ok in zip(kinds, right):
                 hits[frames, tokens][kind].append(ok)
+    shares = {pair: {kind: sum(found) / len(found) for kind, found in kinds.items()} for pair, kinds in hits.items()}
     return {
-        str(total): {
-            f"{frames}x{tokens}": {kind: sum(found) / len(found) for kind, found in hits[frames, tokens].items()}
-            for frames, tokens in pairs
-        }
+        str(total): {f"{frames}x{tokens}": shares[frames, tokens] for frames, tokens in pairs}
         for total, pairs in TESTED.items()
     }
 
@@ -335,10 +280,6 @@ def _padded(layouts: list[dict[str, list[int]]], pad: int) -> dict[str, torch.Te
         name: torch.tensor([layout[name] + [value] * (length - len(layout[name])) for layout in layouts])
         for name, value in fill.items()
     }
-
-
-def _only(batches: list[dict[str, Any]]) -> dict[str, Any]:
-    return batches[0]
 
 
 def main(

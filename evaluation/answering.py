@@ -1,4 +1,4 @@
-"""Answers questions about pictures at several numbers of visual tokens, and encodes every picture once for all of them.
+"""Answers questions about pictures and videos at several numbers of visual tokens, and encodes every picture once for all of them.
 
 A picture is prepared and encoded alone, and kept, up to a number of bytes, for further questions about it. So what is answered
 does not depend on what was asked before: a run that goes on after it was stopped finds the same answers.
@@ -17,6 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaProcessor
 from modeling_m3.outputs_m3 import M3LlavaEncodedImages
 from modeling_m3.pictures import open_pictures
+from modeling_m3.video_processing_m3 import ChatVideo, decoded, videos_as_images
+from modeling_m3.videos import sample_video
 from modeling_m3.visual_tokens import AUTO, AUTO_NUMBER, ImageLayout, check_num_visual_tokens, expand_placeholders
 
 from .signals import known
@@ -28,9 +30,16 @@ Chat = list[dict[str, Any]]
 
 
 def pictures_of(chat: Chat) -> list[Image.Image]:
-    """The pictures of a chat, opened, in reading order."""
+    """The pictures of a chat, opened, in reading order; of a video the first frame."""
     return [
-        open_pictures(part["image"])
+        next(iter(sample_video(entry.video, num_frames=1))) if isinstance(entry, ChatVideo) else open_pictures(entry)
+        for entry in _media_of(videos_as_images(chat)[0])
+    ]
+
+
+def _media_of(chat: Chat) -> list[Any]:
+    return [
+        part["image"]
         for message in chat
         if not isinstance(message["content"], str)
         for part in message["content"]
@@ -69,8 +78,7 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class _Prompt:
-    ids: list[int]  # with one mark per picture
-    pictures: list[Any]
+    ids: list[int]  # with one mark per picture, or frame
     layouts: list[ImageLayout]
     features: list[torch.Tensor]  # (all tiles, tokens per tile, d) of each picture
     continuation: int = 0  # how many of the ids are to be judged
@@ -79,7 +87,7 @@ class _Prompt:
         return sum(layout.count(scale) for layout in self.layouts)
 
     def text_tokens(self) -> int:
-        return len(self.ids) - len(self.pictures) - self.continuation
+        return len(self.ids) - len(self.layouts) - self.continuation
 
 
 class Answerer:
@@ -91,6 +99,7 @@ class Answerer:
         visual_token_sampling: the checkpoint's by default.
         kept_bytes: how many bytes of encoded pictures are kept in memory.
         keep_signals: whether greedy answers come with what the model knew.
+        video: options of videos, as the processor takes them: num_frames, fps, video_layout, ...
     """
 
     def __init__(
@@ -101,7 +110,9 @@ class Answerer:
         visual_token_sampling: str | None = None,
         kept_bytes: int = KEPT_BYTES,
         keep_signals: bool = False,
+        video: dict[str, Any] | None = None,
     ):
+        self.video = {name: value for name, value in (video or {}).items() if value is not None}
         self.keep_signals = keep_signals
         self.model, self.processor = model.eval(), processor
         self.pinpoints = {} if image_grid_pinpoints is None else {"image_grid_pinpoints": image_grid_pinpoints}
@@ -193,8 +204,12 @@ class Answerer:
         return key.hexdigest()
 
     def _prompt(self, chat: Chat, continuation: str = "") -> _Prompt:
-        pictures = pictures_of(chat)
+        chat, is_video = videos_as_images(chat)
+        media = _media_of(chat)
         text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
+        if any(is_video):
+            [media], [text] = self.processor.lay_out_videos([media], [text], None, dict(self.video))
+        pictures = [(open_pictures(picture), is_frame) for picture, is_frame in decoded(media)]
         [ids] = self.processor.tokenize_prompts([text])
         judged = 0
         if continuation:
@@ -207,8 +222,8 @@ class Answerer:
                 f"A prompt has {marks} {self.processor.image_token} for {len(pictures)} picture(s): its text must not "
                 "contain that mark."
             )
-        encoded = [self._encode(picture) for picture in pictures]
-        return _Prompt(ids, pictures, [layout for layout, _ in encoded], [kept for _, kept in encoded], judged)
+        encoded = [self._encode(*picture) for picture in pictures]
+        return _Prompt(ids, [layout for layout, _ in encoded], [kept for _, kept in encoded], judged)
 
     def _expanded(self, prompt: _Prompt, scale: int) -> list[int]:
         counts = [layout.count(scale) for layout in prompt.layouts]
@@ -228,12 +243,14 @@ class Answerer:
         features = torch.cat([kept for prompt in prompts for kept in prompt.features]).to(self.model.device)
         return {"encoded_images": M3LlavaEncodedImages(tile_features=features, layouts=layouts)}
 
-    def _encode(self, picture: Image.Image) -> tuple[ImageLayout, torch.Tensor]:
-        key = self.key_of(picture)
+    def _encode(self, picture: Image.Image, is_frame: bool) -> tuple[ImageLayout, torch.Tensor]:
+        one_view = is_frame and getattr(self.processor.image_processor, "image_grid_pinpoints", None) is not None
+        key = f"{self.key_of(picture)}{' in one view' if one_view else ''}"
         if (found := self._kept.get(key)) is not None:
             self._kept.move_to_end(key)
             return found
-        inputs = self.processor.image_processor([picture], return_tensors="pt", **self.pinpoints)
+        pinpoints = {"image_grid_pinpoints": None} if one_view else self.pinpoints
+        inputs = self.processor.image_processor([picture], return_tensors="pt", **pinpoints)
         encoded = self.model.encode_images(
             inputs["pixel_values"].to(self.model.device), inputs.get("image_sizes"), inputs.get("image_tile_grids")
         )

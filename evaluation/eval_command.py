@@ -45,7 +45,8 @@ def evaluate(
         str | None, typer.Option(help=f"lmms-eval's, or ours ({', '.join(OWN_TASKS)}), joined by commas.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help='Instead of tasks: a JSONL with "question", "answer" and "image" in every line.')
+        Path | None,
+        typer.Option(help='Instead of tasks: a JSONL with "question", "answer" and "image" or "video" in every line.'),
     ] = None,
     image_folder: Annotated[
         Path | None,
@@ -96,6 +97,17 @@ def evaluate(
             "--kept_bytes", "--kept-bytes", help="Of encoded pictures, kept for more questions about them.", min=0
         ),
     ] = KEPT_BYTES,
+    num_frames: Annotated[
+        int | None,
+        typer.Option("--num_frames", "--num-frames", help="Of every video, evenly spaced. 6 by default.", min=1),
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames of a video for every second of it, in place of --num_frames.")
+    ] = None,
+    video_layout: Annotated[
+        Literal["frames", "collage"] | None,
+        typer.Option("--video_layout", "--video-layout", help="Frames, each at its own tokens, by default."),
+    ] = None,
     signals: Annotated[
         bool,
         typer.Option("--signals", help="Keeps what m3-budget fits num_visual_tokens='auto' on. For short answers."),
@@ -128,7 +140,8 @@ def evaluate(
             device_map=device_map or accelerator.device,
             **attention,
         )
-        answerer = Answerer(model, processor, pinpoints, sampling, kept_bytes, signals)
+        video = {"num_frames": num_frames, "fps": fps, "video_layout": video_layout}
+        answerer = Answerer(model, processor, pinpoints, sampling, kept_bytes, signals, video)
         asked_at = answerer.scales(None if scales is None else _numbers(scales))
         if signals and asked_at != sorted(processor.visual_token_scales):
             raise ValueError(f"--signals tell something where all scales are asked: leave out --scales {scales}.")
@@ -147,6 +160,7 @@ def evaluate(
                 "limit": limit,
                 "batch_size": batch_size,
                 "data": fingerprint_of(questions) if questions else None,
+                "video": answerer.video or None,
                 "signals": signals or None,  # as in runs of before there were any
                 **({"max_new_tokens": max_new_tokens, "metric": metric} if questions else {}),
             },

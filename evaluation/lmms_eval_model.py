@@ -46,6 +46,8 @@ class M3(lmms):
         load_in_4bit, load_in_8bit: the language model's layers, by bitsandbytes.
         attn_implementation, revision: of `from_pretrained`.
         kept_bytes: of encoded pictures that are kept for further questions about them.
+        num_frames, fps, video_layout, add_timestamps: of videos, as the processor takes them. `num_visual_tokens` is then for
+            each frame.
 
     Raises:
         ValueError: for an argument that is none of these, and for a number that the checkpoint does not offer.
@@ -68,6 +70,10 @@ class M3(lmms):
         attn_implementation: str | None = None,
         revision: str | None = None,
         kept_bytes: int = KEPT_BYTES,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        video_layout: str | None = None,
+        add_timestamps: bool | None = None,
         max_batch_size: int | None = None,
         trust_remote_code: bool = True,
         **unknown: Any,
@@ -92,7 +98,8 @@ class M3(lmms):
             **attention,
         )
         pinpoints = parse_pinpoints(image_grid_pinpoints)
-        self.answerer = Answerer(model, processor, pinpoints, visual_token_sampling, int(kept_bytes))
+        video = {"num_frames": num_frames, "fps": fps, "video_layout": video_layout, "add_timestamps": add_timestamps}
+        self.answerer = Answerer(model, processor, pinpoints, visual_token_sampling, int(kept_bytes), video=video)
         default = processor.num_visual_tokens or max(processor.visual_token_scales)
         [self.scale] = self.answerer.scales([num_visual_tokens or default])
         self.batch_size = int(batch_size or 1)
@@ -151,7 +158,8 @@ class M3(lmms):
             parts = [*[""] * len(pictures), context.replace(mark, "")]
         content = [{"type": "text", "text": parts[0]}]
         for picture, text in zip(pictures, parts[1:]):
-            content += [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+            kind = "video" if isinstance(picture, str) else "image"  # lmms-eval names the files of videos
+            content += [{"type": kind, kind: picture}, {"type": "text", "text": text}]
         return [{"role": "user", "content": [part for part in content if part.get("text") != ""]}]
 
     def _batches(self, requests: list[Instance]) -> Iterator[tuple[list[int], dict[str, Any]]]:
@@ -218,8 +226,9 @@ def as_result(answer: Answer, settings: dict[str, Any]) -> GenerationResult:
 
 
 def _content(part: dict[str, Any]) -> dict[str, Any]:
-    if part["type"] == "image":
-        return {"type": "image", "image": part.get("url", part.get("image"))}
+    kind = part["type"]
+    if kind in ("image", "video"):
+        return {"type": kind, kind: part.get("url", part.get(kind))}
     if part["type"] == "text":
         return {"type": "text", "text": part["text"]}
-    raise ValueError(f"A task asks about {part['type']}: the model m3 sees pictures only.")
+    raise ValueError(f"A task asks about {part['type']}: the model m3 sees pictures and videos only.")

@@ -204,7 +204,7 @@ class M3LlavaProcessor(VideoProcessingMixin, ProcessorMixin):
             kwargs.get("images_kwargs", {}).pop("num_visual_tokens", None)
         if text is not None:
             text = _prompts(text)
-        images, text = self._lay_out_videos(images, text, videos, kwargs)
+        images, text = self.lay_out_videos(images, text, videos, kwargs)
         images = None if images is None else open_pictures(images)
         if isinstance(images, list) and all(isinstance(group, list) and not group for group in images):
             images = None  # no image for any prompt

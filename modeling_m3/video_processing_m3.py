@@ -121,6 +121,18 @@ def stand_in(what: Any) -> Image.Image:
     return picture
 
 
+def decoded(pictures: Sequence[Any]) -> Iterator[tuple[Any, bool]]:
+    """The pictures that `lay_out_videos` returned for a prompt, with frames in place of their stand-ins; and which are frames."""
+    for _, group in groupby(pictures, key=_frames_of):
+        group = list(group)
+        is_frame = getattr(group[0], "stands_for", None) is not None
+        yield from ((picture, is_frame) for picture in (group[0].stands_for[0] if is_frame else group))
+
+
+def _frames_of(picture: Any) -> int:
+    return id(getattr(picture, "stands_for", (None,))[0])
+
+
 def videos_as_images(conversation: Any) -> tuple[Any, list[bool]]:
     """A chat, or a list of them, with its videos as images; and whether each of its images is a video, in reading order."""
     if isinstance(conversation, (list, tuple)) and conversation and isinstance(conversation[0], (list, tuple)):
@@ -191,10 +203,20 @@ class VideoProcessingMixin:
             raise ValueError(f"{', '.join(sorted(unknown))}: a stream takes {', '.join(SAMPLING_OPTIONS)} only.")
         return VideoPixels(self, sample_video(video, **options), frames_at_once)
 
-    def _lay_out_videos(
+    def lay_out_videos(
         self, images: Any, text: list[str] | None, videos: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, list[str] | None]:
-        """Images and prompts with pictures in place of videos; what says how is taken from `kwargs`, their numbers are put in."""
+        """Images and prompts with pictures in place of videos, as a call has them.
+
+        Args:
+            images, text, videos: as in a call, prompts in a list.
+            kwargs: of a call. What says which frames are taken and how they stand is taken out of it, and one number of visual
+                tokens for every picture put in.
+
+        Returns:
+            A list of pictures for each prompt, and the prompts with one mark for each picture. A frame is a stand-in, which
+            `decoded` replaces.
+        """
         own = kwargs.pop("videos_kwargs", None) or {}
         asked = {name: given.pop(name) for given in (kwargs, own) for name in VIDEO_OPTIONS if name in given}
         for given in (kwargs, own):  # transformers', for frames that are to be chosen: ours are
@@ -325,7 +347,7 @@ class VideoProcessingMixin:
         return_tensors = kwargs.pop("return_tensors", None)
         cuts_tiles = self._pinpoints(kwargs.get("image_grid_pinpoints")) is not None
         parts = []
-        for _, group in groupby(pictures, key=lambda picture: id(getattr(picture, "stands_for", (None,))[0])):
+        for _, group in groupby(pictures, key=_frames_of):
             group = list(group)
             if getattr(group[0], "stands_for", None) is None:
                 parts.append(prepare(group, return_tensors="pt", **kwargs))

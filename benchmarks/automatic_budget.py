@@ -19,7 +19,7 @@ from transformers.generation import BaseStreamer
 
 from modeling_m3.automatic_budget_m3 import AutomaticBudget, Network
 
-from .measure import in_turn, markdown_table, save, spread
+from .measure import Device, in_turn, markdown_table, save, spread
 from .one_encoding import Size
 from .random_checkpoint import prompt, random_model
 
@@ -141,7 +141,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="One of torch's types.")] = "float32",
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     paths: Annotated[int, typer.Option(help="So many, the most frequent.", min=1)] = 6,
-    device: str = "cpu",
+    device: Device = "cpu",
     output: Annotated[Path | None, typer.Option(help="A JSON file for all that was measured.")] = None,
 ) -> None:
     """Measures what the automatic budget costs in time."""

@@ -268,9 +268,9 @@ def environment() -> dict[str, Any]:
 def main(
     folder: Annotated[Path, typer.Argument(help="Where checkpoints are made; on the disk to be measured.")],
     size: Annotated[Size, typer.Option(help="Shape of the language model.")] = "7b",
-    layout: Annotated[list[LayoutName], typer.Option(help="How the original is stored; may be given twice.")] = (
-        *LAYOUTS,
-    ),
+    layout: Annotated[
+        list[LayoutName], typer.Option(help="How the original is stored. Repeat the option for several.")
+    ] = (*LAYOUTS,),
     repeats: Annotated[int, typer.Option(min=1, help="Runs of everything.")] = 3,
     conversion: Annotated[bool, typer.Option(help="Measure conversion.")] = True,
     loading: Annotated[bool, typer.Option(help="Measure loading, of what the last conversion wrote.")] = True,

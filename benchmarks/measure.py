@@ -9,11 +9,23 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import transformers
+import typer
 from tqdm import tqdm
+
+
+def _usable(device: str) -> str:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a build of torch without CUDA
+        raise typer.BadParameter(f"torch cannot use {device} here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+Device = Annotated[str, typer.Option(callback=_usable, help="Where it runs, by torch's name: cpu, cuda, ...")]
 
 
 def in_turn(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

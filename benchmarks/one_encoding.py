@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .measure import in_turn, markdown_table, save, spread
+from .measure import Device, in_turn, markdown_table, save, spread
 from .random_checkpoint import SHAPES, prompt, random_model
 
 
@@ -68,7 +68,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="One of torch's types.")] = "float32",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 8,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
-    device: str = "cpu",
+    device: Device = "cpu",
     output: Annotated[Path | None, typer.Option(help="A JSON file for all that was measured.")] = None,
 ) -> None:
     """Measures what one encoding saves where a picture is asked about at every scale."""

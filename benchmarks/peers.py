@@ -27,7 +27,7 @@ from transformers import (
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
 from modeling_m3.outputs_m3 import CACHE_NAME
 
-from .measure import in_turn, markdown_table, milliseconds, save, spread
+from .measure import Device, in_turn, markdown_table, milliseconds, save, spread
 from .random_checkpoint import SHAPES, build, prompt, random_config
 
 
@@ -208,7 +208,7 @@ def main(
     size: Annotated[Size, typer.Option(help="Which language model.")] = Size["1b"],
     kind: Annotated[Kind, typer.Option(help="LLaVA-1.5 (flat) or LLaVA-NeXT (anyres).")] = Kind["flat"],
     dtype: Annotated[Precision, typer.Option(help="The type of weights.")] = Precision["float32"],
-    device: Annotated[str, typer.Option(help="Where it runs.")] = "cpu",
+    device: Device = "cpu",
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are decoded in a run.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="Runs that are timed.")] = 5,

@@ -20,7 +20,7 @@ from transformers import AutoProcessor
 
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration, default_checkpoint
 
-from .measure import in_turn, markdown_table, milliseconds, save
+from .measure import Device, in_turn, markdown_table, milliseconds, save
 from .random_checkpoint import SHAPES, prompt, random_model
 
 
@@ -167,11 +167,16 @@ def plot(cases: list[dict[str, Any]], file: Path) -> None:
 
 def main(
     size: Annotated[Size, typer.Option(help="Which language model; the vision tower is CLIP-L/336.")] = Size["1b"],
-    dtype: Annotated[list[str], typer.Option(help="One or more of torch's types.")] = ["float32", "bfloat16"],  # noqa: B006
-    batch: Annotated[list[int], typer.Option(min=1, help="One or more numbers of prompts.")] = [1, 4],  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="One or more of torch's types. Repeat the option for several.")] = [
+        "float32",
+        "bfloat16",
+    ],  # noqa: B006
+    batch: Annotated[
+        list[int], typer.Option(min=1, help="One or more numbers of prompts. Repeat the option for several.")
+    ] = [1, 4],  # noqa: B006
     text: Annotated[int, typer.Option(min=2, help="Tokens of a prompt that are not visual ones.")] = 31,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
-    device: str = "cpu",
+    device: Device = "cpu",
     output: Annotated[Path | None, typer.Option(help="A JSON file for all that was measured.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="A PNG file.")] = None,
 ) -> None:

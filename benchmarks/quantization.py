@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 import modeling_m3  # noqa: F401 - registers the classes
 
-from .measure import forget_peak_memory, in_a_fresh_process, markdown_table, memory, save, spread
+from .measure import Device, forget_peak_memory, in_a_fresh_process, markdown_table, memory, save, spread
 from .prefill import prefill
 from .random_checkpoint import SHAPES, prompt, save_random_checkpoint
 
@@ -78,7 +78,7 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Where checkpoints are made, and kept for the next run.")],
     size: Annotated[Size, typer.Option(help="Which language model; the vision tower is CLIP-L/336.")] = Size["1b"],
     repeats: Annotated[int, typer.Option(min=1, help="Processes for each precision.")] = 3,
-    device: str = "cpu",
+    device: Device = "cpu",
     output: Annotated[Path | None, typer.Option(help="A JSON file for all that was measured.")] = None,
 ) -> None:
     """Measures bytes, memory, load and prefill time in float32, bfloat16, int8 and nf4."""

@@ -290,7 +290,7 @@ def main(
     ] = "7b",
     device: Annotated[str, typer.Option(help="One of evaluation/devices.py, as V100, A100, H100, RTX4090.")] = "A100",
     num_visual_tokens: Annotated[
-        list[str] | None, typer.Option(help="Per tile, as 576,36. The model's own if left out.")
+        list[str] | None, typer.Option(help="Per tile, as 576,36; or repeat the option. The model's own if left out.")
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text.")] = 30,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = 100,

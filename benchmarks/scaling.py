@@ -15,7 +15,7 @@ import typer
 
 from modeling_m3 import M3LlavaForConditionalGeneration
 
-from .measure import in_turn, markdown_table, save, spread
+from .measure import Device, in_turn, markdown_table, save, spread
 from .prefill import prefill, prefill_flops
 from .random_checkpoint import SHAPES, prompt, random_model
 
@@ -109,12 +109,17 @@ def models(size: str, dtype: str, device: str, sweeps: Iterable[str]):
 
 def main(
     size: Annotated[Size, typer.Option(help="Which language model; the vision tower is CLIP-L/336.")] = Size["1b"],
-    sweep: Annotated[list[str], typer.Option(help=f"One or more of {', '.join(SWEEPS)}.")] = list(SWEEPS),  # noqa: B006
-    num_visual_tokens: Annotated[list[int], typer.Option(help="Per image or tile.")] = [36, 576],  # noqa: B006
+    sweep: Annotated[
+        list[str], typer.Option(help=f"One or more of {', '.join(SWEEPS)}. Repeat the option for several.")
+    ] = list(SWEEPS),  # noqa: B006
+    num_visual_tokens: Annotated[list[int], typer.Option(help="Per image or tile. Repeat the option for several.")] = [
+        36,
+        576,
+    ],  # noqa: B006
     dtype: Annotated[str, typer.Option(help="One of torch's types.")] = "bfloat16",
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     most: Annotated[int | None, typer.Option(help="Images, tiles or prompts at most.")] = None,
-    device: str = "cpu",
+    device: Device = "cpu",
     output: Annotated[Path | None, typer.Option(help="A JSON file for all that was measured.")] = None,
 ) -> None:
     """Measures how the cost of a prefill grows."""

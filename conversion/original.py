@@ -114,8 +114,8 @@ class StoredTensor:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a repository of the Hub may be called so."""
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
+    """Whether a repository of the Hub may be called so: of a model of today's kind, which has an owner."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
 def local_folder(name: str | Path, *, weights: bool = True, revision: str | None = None) -> Path:
@@ -126,8 +126,12 @@ def local_folder(name: str | Path, *, weights: bool = True, revision: str | None
     """
     if Path(name).is_dir():
         return Path(name)
-    if Path(name).exists() or not is_hub_id(str(name)):
+    if Path(name).exists():
         raise ConversionError(f"{name} is not a folder: give a checkpoint's folder or its Hub id")
+    if not is_hub_id(str(name)):
+        from modeling_m3.checkpoint import no_such_folder  # imports torch, which may still be under way
+
+        raise ConversionError(no_such_folder(str(name)))
     try:
         small = ["*.json", "*.model", "README.md", *_SMALL_WEIGHTS]
         folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=small))

@@ -14,7 +14,7 @@ from huggingface_hub import constants, hf_hub_download, snapshot_download
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from .cache import FORMAT, cache_folder, converted_once, place_for, revision_of
-from .checkpoint import read_config
+from .checkpoint import no_such_folder, read_config
 from .configuration_m3 import M3LlavaConfig
 
 
@@ -143,7 +143,7 @@ def _config_on_the_hub(name: str, revision: str | None) -> Path:
     from m3_conversion.original import ConversionError, is_hub_id
 
     if not is_hub_id(name):
-        raise ValueError(f"There is no folder {name}, and it is no Hub id.")
+        raise ValueError(no_such_folder(name))
     try:
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except (OSError, ValueError) as error:

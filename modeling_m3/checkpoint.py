@@ -36,3 +36,18 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
             hint = f" It is a LLaVA in transformers' format; convert it first: m3-convert {folder} {folder.name}-m3"
         raise ValueError(f"{folder} is not an M3 checkpoint: its model_type is {config.get('model_type')!r}.{hint}")
     return config
+
+
+def no_such_folder(name: str) -> str:
+    """Says that a name is neither a folder nor an id on the Hub, which checkpoints there are beside it, and what makes one."""
+    parent = Path(name).parent
+    beside = sorted(str(config.parent) for config in parent.glob("*/config.json")) if parent.is_dir() else []
+    there = (
+        f"Checkpoints there: {', '.join(beside[:5])}{', ...' if len(beside) > 5 else ''}."
+        if beside
+        else "No checkpoint is there."
+    )
+    return (
+        f"There is no folder {name}, and an id on the Hub has an owner, as OWNER/NAME. {there} `m3-convert SRC {name}` makes it of a "
+        "LLaVA."
+    )

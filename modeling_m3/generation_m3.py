@@ -43,6 +43,14 @@ IMAGE_INPUTS = (
 # Those of them that have an entry for every image, besides the pixels.
 PER_IMAGE = ("image_sizes", "image_tile_grids", "num_visual_tokens")
 
+# What the authors' `generate` and transformers' LLaVA are told, and how it is said here.
+FOREIGN_NAMES = {
+    "matryoshka_vis_token_scale": "it is num_visual_tokens here, given to the processor: processor(..., num_visual_tokens=36)",
+    "images": "pixels are pixel_values here: pass all that the processor returned, model.generate(**inputs)",
+    "vision_feature_layer": "it is a fact of the checkpoint: set vision_feature_layer in its configuration",
+    "vision_feature_select_strategy": "it is a fact of the checkpoint: set vision_feature_select_strategy in its configuration",
+}
+
 ONE_KIND_OF_IMAGES = "Pass only one of pixel_values, encoded_images and mm_encoder_outputs: each is the images"
 
 
@@ -66,6 +74,8 @@ class M3LlavaGenerationMixin(GenerationMixin):
         """
         if CACHE_NAME != "cache" and "cache" in kwargs:  # Before 5.24: the newer name
             kwargs[CACHE_NAME] = kwargs.pop("cache")
+        for name in FOREIGN_NAMES.keys() & kwargs.keys():
+            raise ValueError(f"{name} is no argument of generate: {FOREIGN_NAMES[name]}.")
         keep = kwargs.pop("auto_keep", None)
         if kwargs.get("num_visual_tokens") is not None and (numbers := self._automatic_numbers(kwargs)) is not None:
             return self._generate_automatically(numbers, keep, encoded_images, *args, **kwargs)

@@ -193,6 +193,8 @@ class M3LlavaProcessor(VideoProcessingMixin, ProcessorMixin):
             ValueError: for a number of visual tokens this checkpoint does not offer, for texts that are none, for numbers
                 of images and of `<image>` marks that differ, and where truncation would cut an image's placeholders.
         """
+        if "matryoshka_vis_token_scale" in kwargs:
+            raise ValueError("matryoshka_vis_token_scale is the authors' name: it is num_visual_tokens here.")
         # Before 5.24 the dicts that are handed on may be emptied: a caller's must survive for the next call.
         kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
         for given in (kwargs, kwargs.get("images_kwargs", {})):  # transformers would refuse numpy's and torch's numbers

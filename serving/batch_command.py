@@ -36,7 +36,7 @@ def batch(
         typer.Option(
             "--input",
             help='A folder of pictures; or JSONL or parquet files, or a pattern of them, whose rows have "image", "question", and '
-            'may have "id" and "num_visual_tokens". Any URL of fsspec. May be given several times.',
+            'may have "id" and "num_visual_tokens". Any URL of fsspec. Repeat the option for several.',
         ),
     ],
     output: Annotated[str, typer.Option(help="A folder for the answers. The same command goes on with it.")],

@@ -1,58 +1,53 @@
-"""The pages under docs/ are run as written, in their order: Python blocks and commands, but for those that install."""
+"""The pages under docs/ are followed as written, each in a process of its own that has only what the page installs."""
 
+import os
 import re
-import runpy
-import shlex
 import shutil
+import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from conftest import CHECKPOINTS
-
-import modeling_m3.__main__
-from m3_conversion.__main__ import main as convert
-from m3_evaluation.analyze_command import app as analyze
-from m3_evaluation.eval_command import app as evaluate
-from m3_serving.batch_command import app as batch
-from m3_training.finetune import main as train
+from conftest import CHECKPOINTS, commands_on_path
 
 
 REPOSITORY = Path(__file__).parent.parent
+PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
 DEMOS = dict(zip(CHECKPOINTS, ("m3-demo", "m3-next-demo")))
 
 
-@pytest.mark.parametrize("page", sorted((REPOSITORY / "docs").glob("*.md")), ids=lambda page: page.stem)
-def test_what_a_page_shows_runs(page, converted, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_shows_runs(page, converted, tmp_path):
     """In a clone whose README has been followed. `text` blocks are not run: they need what a test does not have."""
     for name, demo in DEMOS.items():
         shutil.copytree(converted[name], tmp_path / demo)
     for folder in ("tests", "benchmarks"):
         (tmp_path / folder).symlink_to(REPOSITORY / folder)
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```(python|bash)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    names = {"__name__": page.stem}  # blocks go on from the ones before
-    for language, block in blocks:
-        if language == "python":
-            exec(compile(block, str(page), "exec"), names)
-            continue
-        for command in block.strip().split(" && "):
-            program, *arguments = shlex.split(command)
-            if program == "m3-convert":
-                assert convert(arguments) == 0, command
-            elif program == "m3-train":
-                assert train(arguments) == 0, command
-            elif program in ("m3-eval", "m3-analyze"):
-                {"m3-eval": evaluate, "m3-analyze": analyze}[program](arguments, standalone_mode=False)
-            elif program == "m3-batch":
-                batch(arguments, standalone_mode=False)
-            elif program == "m3-ask":
-                modeling_m3.__main__.app(arguments, standalone_mode=False)
-            elif program == "python":
-                assert arguments[0] == "-m", command
-                monkeypatch.setattr(sys, "argv", arguments[1:])
-                with pytest.raises(SystemExit, match="^(0|None)$"):
-                    runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-            else:
-                assert (program, arguments[:1]) == ("pip", ["install"]), command
+    environment = {**os.environ, "PATH": commands_on_path(), "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(Path(__file__).with_name("follow_page.py")), str(page)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_begins_with_what_to_install(page):
+    first = re.search(r"```(python|bash)\n(.*?)\n", page.read_text(encoding="utf-8"))
+    assert first and first[1] == "bash" and first[2].startswith("pip install ")
+
+
+def test_pages_write_into_folders_of_their_own():
+    """So that they work in any order, one after the other in one folder."""
+    writers = defaultdict(set)
+    for page in PAGES:
+        for block in re.findall(r"```(?:python|bash)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            for pattern in (
+                r"--output(?:_dir)? (\S+)",
+                r'save_pretrained\("([^"]+)"',
+                r"m3-convert \S+ (\S+)",
+                r'open\("([^"]+)", "w"',
+            ):
+                for written in re.findall(pattern, block):
+                    writers[written].add(page.stem)
+    assert len(writers) > 5
+    assert {name: pages for name, pages in writers.items() if len(pages) > 1} == {}

@@ -213,7 +213,7 @@ def test_a_plain_llava_says_that_it_was_trained_at_one_number(hub, answer):
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--model", "someone/nothing"), "someone/nothing is neither a folder here nor reachable on the Hub"),
     (("--model", NAME, "--revision", "nowhere"), f"{NAME} (revision nowhere) is neither a folder here nor reachable"),
-    (("--model", "./nothing"), "There is no folder ./nothing, and it is no Hub id."),
+    (("--model", "./nothing"), "There is no folder ./nothing, and an id on the Hub has an owner"),
     (("--model", str(GOLDENS)), "is not a checkpoint: it has no config.json."),
     (("--model", str(GOLDENS / "openai/clip-vit-tiny-patch14-336")), "model_type 'clip"),
     (("--model", str(GOLDENS / "llava15-m3"), "--revision", "main"), "is of a repository on the Hub, but"),

@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import commands_on_path
 
+import modeling_m3
+from modeling_m3.generation_m3 import FOREIGN_NAMES
+
 
 REPOSITORY = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 PYTHON = [block for language, block in BLOCKS if language == "python"]
 COMMANDS = [part.strip() for language, block in BLOCKS if language == "bash" for part in block.split("&&")]
 
@@ -50,3 +54,42 @@ def test_python_blocks(block, folder):
     result = run(["python", "-c", block], folder)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
+    said = [line for line in re.split(r"[\r\n]+", result.stderr) if line and not line.startswith("Loading weights")]
+    assert said == [], "no block warns"
+
+
+def test_what_m3_tiny_is_said_to_answer():
+    model, processor = modeling_m3.load(modeling_m3.default_checkpoint())
+    rows = re.search(r"\| ask \| it says \|\n.*?\n((?:\|.*\n)+)", README)[1].splitlines()
+    assert len(rows) == 3
+    for row in rows:
+        question, expected = (cell.strip() for cell in row.strip("|").split("|"))
+        content = [
+            {"type": "image", "path": str(REPOSITORY / "tests/fixtures/scene.png")},
+            {"type": "text", "text": question},
+        ]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt", processor_kwargs={"num_visual_tokens": 576},
+        )  # fmt: skip
+        answer = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(answer, skip_special_tokens=True) == expected
+
+
+@pytest.mark.parametrize("name", FOREIGN_NAMES)
+def test_names_from_elsewhere_are_told_ours(name, loaded):
+    model, processor = loaded["llava15-m3"]
+    inputs = processor(text="USER: Hello. ASSISTANT:", return_tensors="pt")
+    with pytest.raises(
+        ValueError, match=f"^{name} is no argument of generate: .*(num_visual_tokens|pixel_values|configuration)"
+    ):
+        model.generate(**inputs, **{name: 9})
+    with pytest.raises(ValueError, match="num_visual_tokens"):
+        processor(text="USER: Hello. ASSISTANT:", matryoshka_vis_token_scale=9)
+
+
+def test_a_prompt_by_hand_begins_once(loaded):
+    _, processor = loaded["llava15-m3"]
+    for prompt in ("USER: Hello. ASSISTANT:", "<s>USER: Hello. ASSISTANT:", "<s><s>USER: Hello. ASSISTANT:"):
+        ids = processor(text=prompt)["input_ids"][0]
+        assert ids.count(processor.tokenizer.bos_token_id) == 1 and ids[0] == processor.tokenizer.bos_token_id

@@ -33,10 +33,10 @@ from .scenes import Question
 
 STEPS = 1500
 ROWS = 16  # of a step
-PICTURE_ROWS = 2  # of them, those of m3-tiny's own task, which would be forgotten otherwise
+PICTURE_ROWS = 3  # of them, those of m3-tiny's own task, which would be forgotten otherwise
 # A step's clips are drawn from so many, of which so many are new: the tower takes more time than all else, and the same
 # pictures in another take are as good to learn from, but codes that are seen often are remembered instead of read.
-WINDOW, NEW = 150, 1
+WINDOW, NEW = 150, 2
 QUESTIONS = 2  # at most, of a row; among them the one that needs many frames, where there are so many:
 MANY = 16
 # To find out when something changes is learned best where there is nothing else to learn.

@@ -20,7 +20,7 @@ from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaProcessor
 from modeling_m3.outputs_m3 import M3LlavaEncodedImages
 from modeling_m3.visual_tokens import ImageLayout
 
-from .scenes import COLORS, SHAPES, TEST_FONTS, TRAIN_FONTS, Question, _Code, _Painter, _rgb, draw_shape
+from .scenes import COLORS, SHAPES, TEST_FONTS, TRAIN_FONTS, Code, Painter, Question, draw_shape, rgb
 
 
 FRAMES_PER_SECOND = 12
@@ -37,19 +37,13 @@ MOST_BLINKS = 5
 APPEAR_IN_SECOND = (3, 8)
 MOST_SECONDS_BETWEEN = 2  # from the first shape to the second: too short for few frames to see which was first
 
-# (frames, visual tokens per frame), by how many tokens they are together.
-TESTED = {
-    36: ((1, 36), (4, 9), (36, 1)),
-    144: ((1, 144), (4, 36), (16, 9), (144, 1)),
-    576: ((1, 576), (4, 144), (16, 36), (64, 9)),
-}
 # A step has one of these totals, for which its rows have about the same length. The smaller ones are learned from faster.
 SHARES = {36: 0.45, 144: 0.45, 576: 0.1}
-# Trained on in their place: those that most is to be learned from are there several times.
+# (frames, visual tokens of each), by what they cost together: those that most is to be learned from are there several times.
 TRAINED = {
     36: ((1, 36), (4, 9), (1, 9), (16, 1), *4 * ((36, 1),)),
     144: (*2 * ((1, 144),), (4, 36), *2 * ((16, 9),), (64, 1), *4 * ((144, 1),)),
-    576: (*TESTED[576], (64, 9)),
+    576: ((1, 576), (4, 144), (16, 36), (64, 9), (64, 9)),
 }
 
 _VIEW = 336
@@ -89,12 +83,6 @@ def clip(seed: int | str, fonts: Sequence[str] = TRAIN_FONTS, take: int = 0) -> 
             Question("color", "What color is the large shape?", color),
         ]
     return Clip(stage.pictures, order, questions)
-
-
-def frame_indices(count: int) -> list[int]:
-    """Which frames are seen where `count` are: evenly spaced, the first included."""
-    step = max(1, FRAMES // count)
-    return [step * number for number in range(count)]
 
 
 def training_pairs(rng: random.Random) -> tuple[tuple[int, int], ...]:
@@ -196,22 +184,22 @@ def _stage(seed: int | str, fonts: tuple[str, ...]) -> _Stage:
     story = rng.choice(IN_TIME)
     number = 2 if story == "first" else 1
     while True:
-        painter = _Painter(rng, _VIEW, fonts)
-        text = _Code(painter.random_code(), rng, fonts, rng.uniform(16, 30), painter.scale)
-        boxes = [painter._place(edge, edge) for edge in (rng.uniform(0.28, 0.42) * _VIEW for _ in range(number))]
-        code_box = painter._place(text.width, text.height)
+        painter = Painter(rng, _VIEW, fonts)
+        text = Code(painter.random_code(), rng, fonts, rng.uniform(16, 30), painter.scale)
+        boxes = [painter.place(edge, edge) for edge in (rng.uniform(0.28, 0.42) * _VIEW for _ in range(number))]
+        code_box = painter.place(text.width, text.height)
         # A video's sides are even, as those of unscaled canvases are, and nothing may hide behind what appears.
         if painter.scale == 1 and _are_apart(painter.taken):
             break
-    painter._write(text, *code_box[:2])
-    shapes, colors = rng.sample(SHAPES, number), [painter._color()]
+    painter.write(text, *code_box[:2])
+    shapes, colors = rng.sample(SHAPES, number), [painter.color()]
     while len(colors) < number:
-        color = painter._color()
+        color = painter.color()
         colors += [color] if color not in colors else []
     pictures = [painter.picture]
     for shape, color, box in zip(shapes, colors, boxes):
         picture = pictures[-1].copy()
-        draw_shape(ImageDraw.Draw(picture), shape, box, _rgb(rng, color))
+        draw_shape(ImageDraw.Draw(picture), shape, box, rgb(rng, color))
         pictures.append(picture)
     return _Stage(story, [(shape, list(COLORS)[color]) for shape, color in zip(shapes, colors)], text.code, pictures)
 

@@ -97,7 +97,7 @@ def _answered(
     features: list[torch.Tensor],
 ) -> list[bool]:
     """One bool per question, given every picture's visual tokens, (n, d)."""
-    layouts = [_layout(processor, asked, len(image)) for asked, image in zip(questions, features)]
+    layouts = [layout_of(processor, asked, len(image)) for asked, image in zip(questions, features)]
     length = max(len(layout["ids"]) for layout in layouts)
     rows = len(layouts)
     ids = torch.full((rows, length), processor.tokenizer.pad_token_id)
@@ -125,7 +125,7 @@ def _answered(
     return [ok for asked in answers for ok in asked]
 
 
-def _layout(processor: M3LlavaProcessor, questions: list[Question], num_tokens: int) -> dict[str, list[int]]:
+def layout_of(processor: M3LlavaProcessor, questions: list[Question], num_tokens: int) -> dict[str, list[int]]:
     """The picture's sequence: what all questions' prompts begin with, then the rest of each."""
     prompts = [_prompt(processor, question, num_tokens) for question in questions]
     ids = [prompt for prompt, _ in prompts]

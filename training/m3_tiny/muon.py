@@ -4,6 +4,7 @@ With AdamW alone, the language model takes some 200 steps before it can compare 
 And the vision tower, after 600 steps, reads half of all characters for a quarter.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,3 +50,41 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def _groups_of_parts(self) -> list[dict[str, Any]]:
         """The parts' own groups, not copies: a schedule changes their rates."""
         return [group for part in self.parts for group in part.param_groups]
+
+
+class FloatMuon(torch.optim.Optimizer):
+    """torch's Muon, which takes most of a step's time on CPUs that compute in float32 only: it wants bfloat16."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for weight in group["params"]:
+                by_shape[weight.shape].append(weight)
+            for shape, weights in by_shape.items():
+                factor = group["lr"] * 0.2 * max(shape) ** 0.5
+                for weight, update in zip(weights, orthogonal(torch.stack([*map(self._momentum, weights)]))):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-factor)
+
+    def _momentum(self, weight: torch.Tensor) -> torch.Tensor:
+        momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+        return weight.grad.lerp(momentum.lerp_(weight.grad, 0.05), 0.95)
+
+
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """(n, rows, columns), every singular value near 1: the iteration of Newton and Schulz with Muon's numbers."""
+    wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        square = wide @ wide.mT
+        wide = 3.4445 * wide + (-4.775 * square + 2.0315 * square @ square) @ wide
+    return wide.mT if matrices.shape[1] > matrices.shape[2] else wide
+
+
+class FloatMuonWithAdamW(MuonWithAdamW):
+    """The same with `FloatMuon`."""
+
+    def __init__(self, model: nn.Module, groups: list[dict[str, Any]]):
+        super().__init__(model, groups)
+        self.parts[0] = FloatMuon(self.parts[0].param_groups, {})
+        self.param_groups = self._groups_of_parts()

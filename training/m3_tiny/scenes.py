@@ -111,7 +111,7 @@ def scene(seed: int | str, fonts: Sequence[str] = TRAIN_FONTS, view: int = 336) 
         view: side of the square that the picture is padded to, a multiple of 14.
     """
     rng = random.Random(f"m3-tiny {seed}")
-    return _Painter(rng, view, fonts).paint()
+    return Painter(rng, view, fonts).paint()
 
 
 def low_resolution_scene(seed: int | str, view: int = 336) -> Scene:
@@ -125,7 +125,7 @@ def low_resolution_scene(seed: int | str, view: int = 336) -> Scene:
     if shape != 1:
         height = width
     left, top = rng.randint(0, side - width), rng.randint(0, side - height)
-    draw_shape(ImageDraw.Draw(picture), SHAPES[shape], (left, top, left + width, top + height), _rgb(rng, color))
+    draw_shape(ImageDraw.Draw(picture), SHAPES[shape], (left, top, left + width, top + height), rgb(rng, color))
     box = [edge * labels.width / side for edge in (left, top, left + width, top + height)]
     draw_shape(ImageDraw.Draw(labels), SHAPES[shape], box, 1)
     return Scene(picture, labels=_patch_labels(labels, [Element(), Element(shape=shape + 1, color=color + 1)]))
@@ -133,14 +133,14 @@ def low_resolution_scene(seed: int | str, view: int = 336) -> Scene:
 
 def text_scene(seed: int | str, view: int = 336) -> Scene:
     """As many codes as fit, without questions: many characters for the vision tower to learn from."""
-    painter = _Painter(random.Random(f"m3-tiny text {seed}"), view, TRAIN_FONTS)
+    painter = Painter(random.Random(f"m3-tiny text {seed}"), view, TRAIN_FONTS)
     painter.fill_with_codes()
     return Scene(painter.picture, labels=_patch_labels(painter.labels, painter.elements, painter.characters))
 
 
 def repeated_code_scene(seed: int | str, view: int = 336) -> Scene:
     """One code all over the picture, to be read: where every patch knows a part of it, reading is learned in no time."""
-    painter = _Painter(random.Random(f"m3-tiny repeated code {seed}"), view, TRAIN_FONTS)
+    painter = Painter(random.Random(f"m3-tiny repeated code {seed}"), view, TRAIN_FONTS)
     code = painter.random_code()
     painter.fill_with_codes(code)
     return Scene(painter.picture, [painter.code_question(code)])
@@ -174,7 +174,7 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: Sequence[float], fill
         draw.polygon(points, fill)
 
 
-class _Code:
+class Code:
     """A code and how wide it is in a random font."""
 
     def __init__(self, code: str, rng: random.Random, fonts: Sequence[str], size: float, scale: float):
@@ -185,7 +185,7 @@ class _Code:
         self.width, self.height = sum(self.advances), 0.75 * size
 
 
-class _Painter:
+class Painter:
     """Paints one scene; holds what its steps share."""
 
     def __init__(self, rng: random.Random, view: int, fonts: Sequence[str]):
@@ -208,23 +208,23 @@ class _Painter:
 
     def paint(self) -> Scene:
         rng = self.rng
-        shape, color = rng.randrange(len(SHAPES)), self._color()
+        shape, color = rng.randrange(len(SHAPES)), self.color()
         edge = rng.uniform(0.2, 0.42) * self.view
-        box = self._place(edge * rng.uniform(0.75, 1.3) if shape == 1 else edge, edge)
+        box = self.place(edge * rng.uniform(0.75, 1.3) if shape == 1 else edge, edge)
         self._shape(box, Element(shape=shape + 1, color=color + 1))
 
-        text = _Code(self.random_code(), rng, self.fonts, self._text_size(), self.scale)
-        self._write(text, *self._place(text.width, text.height)[:2])
+        text = Code(self.random_code(), rng, self.fonts, self._text_size(), self.scale)
+        self.write(text, *self.place(text.width, text.height)[:2])
         other = rng.choice([name for index, name in enumerate(SHAPES) if index != shape])
-        small, small_color = rng.randrange(1, len(SHAPES)), self._color()  # not a circle: dots are
+        small, small_color = rng.randrange(1, len(SHAPES)), self.color()  # not a circle: dots are
         small_edge = rng.uniform(16, 26)
-        small_box = self._place(small_edge, small_edge)
+        small_box = self.place(small_edge, small_edge)
         self._shape(small_box, Element(small=small + 1, color=small_color + 1))
 
-        dots, dot_color = rng.randint(0, MOST_DOTS), self._color()
+        dots, dot_color = rng.randint(0, MOST_DOTS), self.color()
         radius = rng.uniform(4, 7)
         for _ in range(dots):
-            dot_box = self._place(2 * radius, 2 * radius, margin=8)
+            dot_box = self.place(2 * radius, 2 * radius, margin=8)
             self._shape(dot_box, Element(small=len(SHAPES) + 1, color=dot_color + 1), "circle")
 
         name, color_name = SHAPES[shape], list(COLORS)[color]
@@ -258,20 +258,20 @@ class _Painter:
             if top + 0.75 * size > room_y - 2:
                 return
             while True:
-                text = _Code(code or self.random_code(), rng, self.fonts, size, self.scale)
+                text = Code(code or self.random_code(), rng, self.fonts, size, self.scale)
                 if left + text.width > room_x - 2:
                     break
-                self._write(text, left, top)
+                self.write(text, left, top)
                 left += text.width + rng.uniform(0.7, 1.5) * size
             top += 0.75 * size + rng.uniform(5, 12)
 
     def _text_size(self) -> float:
         return self.rng.uniform(16, 30)
 
-    def _write(self, text: "_Code", left: float, top: float) -> None:
+    def write(self, text: "Code", left: float, top: float) -> None:
         """Writes a code, character by character."""
-        color = self._color()
-        ink, bottom = _rgb(self.rng, color), top + text.height
+        color = self.color()
+        ink, bottom = rgb(self.rng, color), top + text.height
         for slot, (character, advance) in enumerate(zip(text.code, text.advances)):
             at = (left * self.scale, bottom * self.scale)
             self.draw.text(at, character, ink, text.font, anchor="ls")
@@ -283,7 +283,7 @@ class _Painter:
 
     def _shape(self, box: tuple[float, ...], element: Element, shape: str | None = None) -> None:
         shape = shape or SHAPES[(element.shape or element.small) - 1]
-        draw_shape(self.draw, shape, [edge * self.scale for edge in box], _rgb(self.rng, element.color - 1))
+        draw_shape(self.draw, shape, [edge * self.scale for edge in box], rgb(self.rng, element.color - 1))
         self._label(
             lambda box: draw_shape(self.label_draw, shape, box, len(self.elements)), box, small=element.small > 0
         )
@@ -316,7 +316,7 @@ class _Painter:
         left, top, right, bottom = box
         return left + offset_x, top + offset_y, right + offset_x, bottom + offset_y
 
-    def _place(self, width: float, height: float, margin: float = 6) -> tuple[float, float, float, float]:
+    def place(self, width: float, height: float, margin: float = 6) -> tuple[float, float, float, float]:
         """A free box of this size; where none is found, one that lies over others."""
         room_x, room_y = self.width / self.scale, self.height / self.scale
         for _ in range(60):
@@ -330,13 +330,13 @@ class _Painter:
         self.taken.append(box)
         return box
 
-    def _color(self) -> int:
+    def color(self) -> int:
         """One that stands out from the background."""
         hidden = ("black", "blue", "brown", "teal", "purple") if self.dark else ("yellow",)
         return self.rng.choice([index for index, name in enumerate(COLORS) if name not in hidden])
 
 
-def _rgb(rng: random.Random, color: int) -> tuple[int, ...]:
+def rgb(rng: random.Random, color: int) -> tuple[int, ...]:
     """A palette colour, a little different every time."""
     return tuple(min(255, max(0, value + rng.randint(-12, 12))) for value in list(COLORS.values())[color])
 

@@ -1,10 +1,9 @@
 """m3-tiny for video: `python -m m3_training.m3_tiny.video FOLDER`.
 
 Fine-tunes m3-tiny on generated clips, each seen as a random number of frames with a random number of visual tokens for every
-frame, and counts what it then answers where the same number of tokens is spent on many frames or on few.
+frame. `m3_evaluation.video_budgets` counts what it then answers where as many tokens are spent on many frames or on few.
 """
 
-import json
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,11 +22,12 @@ import modeling_m3
 from m3_conversion.card import model_card
 from m3_conversion.writer import new_folder, write_other_files
 from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaProcessor
+from modeling_m3.videos import frame_indices
 
-from .clips import IN_TIME, KINDS, TESTED, clip, frame_indices, held_out_clips, see, training_pairs, visual_tokens
+from .clips import FRAMES, IN_TIME, KINDS, clip, see, training_pairs, visual_tokens, write_clips
 from .data import Records
-from .evaluate import _answered, _batches, _layout
-from .muon import MuonWithAdamW
+from .evaluate import layout_of
+from .muon import FloatMuonWithAdamW
 from .scenes import Question
 
 
@@ -74,13 +74,13 @@ class Lessons(Dataset):
             else:
                 frames, number = rng.choice(pairs)
                 features, order, questions = self._clip(step, rng, frames, IN_TIME if first_part else KINDS)
-                order = [order[index] for index in frame_indices(frames)]
+                order = [order[index] for index in frame_indices(FRAMES, frames)]
             distinct = sorted(set(order))
             seen.append(features[distinct])
             shown.append(torch.tensor([before + distinct.index(picture) for picture in order]))
             before += len(distinct)
             tokens.append(number)
-            layouts.append(_layout(self.processor, questions, len(order) * number))
+            layouts.append(layout_of(self.processor, questions, len(order) * number))
             kinds.append([question.kind for question in questions])
         texts = _padded(layouts, self.processor.tokenizer.pad_token_id)
         return {"seen": torch.cat(seen), "shown": shown, "tokens": tokens, "kinds": kinds, **texts}
@@ -113,48 +113,12 @@ class Lessons(Dataset):
         return self._seen[name]
 
 
-class FloatMuon(torch.optim.Optimizer):
-    """torch's Muon, which takes most of a step's time on CPUs that compute in float32 only: it wants bfloat16."""
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            by_shape = defaultdict(list)
-            for weight in group["params"]:
-                by_shape[weight.shape].append(weight)
-            for shape, weights in by_shape.items():
-                factor = group["lr"] * 0.2 * max(shape) ** 0.5
-                for weight, update in zip(weights, orthogonal(torch.stack([*map(self._momentum, weights)]))):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-factor)
-
-    def _momentum(self, weight: torch.Tensor) -> torch.Tensor:
-        momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-        return weight.grad.lerp(momentum.lerp_(weight.grad, 0.05), 0.95)
-
-
-def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """(n, rows, columns), every singular value near 1: the iteration of Newton and Schulz with Muon's numbers."""
-    wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
-    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        square = wide @ wide.mT
-        wide = 3.4445 * wide + (-4.775 * square + 2.0315 * square @ square) @ wide
-    return wide.mT if matrices.shape[1] > matrices.shape[2] else wide
-
-
-class FloatMuonWithAdamW(MuonWithAdamW):
-    """The same with `FloatMuon`."""
-
-    def __init__(self, model: torch.nn.Module, groups: list[dict[str, Any]]):
-        super().__init__(model, groups)
-        self.parts[0] = FloatMuon(self.parts[0].param_groups, {})
-        self.param_groups = self._groups_of_parts()
-
-
 class ClipTrainer(Trainer):
     """Trains on `Lessons` in their order; logs how many questions of each kind were answered right."""
 
-    hits: dict[str, list[bool]] = defaultdict(list)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.hits: dict[str, list[bool]] = defaultdict(list)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -238,40 +202,6 @@ def train(folder: Path, steps: int = STEPS, seed: int = 0) -> Path:
     return final
 
 
-@torch.no_grad()
-def evaluate(checkpoint: Path, count: int = 200) -> dict[str, Any]:
-    """By tokens in all, by frames x tokens and by kind of question: the share that greedy generation answers exactly."""
-    model, processor = modeling_m3.load(checkpoint)
-    model.eval()
-    hits: dict[tuple[int, int], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    for batch in _batches(held_out_clips(count), 16):
-        seen = [see(model, processor, made.pictures) for made in batch]
-        kinds = [question.kind for made in batch for question in made.questions]
-        for frames, tokens in (pair for pairs in TESTED.values() for pair in pairs):
-            features = []
-            for made, pictures in zip(batch, seen):
-                shown = torch.tensor([made.order[index] for index in frame_indices(frames)])
-                features += visual_tokens(model, pictures, [shown], [tokens])
-            right = _answered(model, processor, [made.questions for made in batch], features)
-            for kind, ok in zip(kinds, right):
-                hits[frames, tokens][kind].append(ok)
-    shares = {pair: {kind: sum(found) / len(found) for kind, found in kinds.items()} for pair, kinds in hits.items()}
-    return {
-        str(total): {f"{frames}x{tokens}": shares[frames, tokens] for frames, tokens in pairs}
-        for total, pairs in TESTED.items()
-    }
-
-
-def table(accuracy: dict[str, Any]) -> str:
-    """The result of `evaluate` in Markdown, in percent."""
-    lines = [f"| tokens | frames x tokens | {' | '.join(KINDS)} |", f"|--:|--:|{'--:|' * len(KINDS)}"]
-    for total, pairs in accuracy.items():
-        for pair, kinds in pairs.items():
-            numbers = " | ".join(f"{100 * kinds[kind]:.1f}" for kind in KINDS)
-            lines.append(f"| {total} | {pair} | {numbers} |")
-    return "\n".join(lines)
-
-
 def _padded(layouts: list[dict[str, list[int]]], pad: int) -> dict[str, torch.Tensor]:
     """The rows' texts as tensors of one length."""
     length = max(len(layout["ids"]) for layout in layouts)
@@ -285,12 +215,11 @@ def _padded(layouts: list[dict[str, list[int]]], pad: int) -> dict[str, torch.Te
 def main(
     folder: Annotated[Path, typer.Argument(help="Where checkpoints and results go; it goes on where it was stopped.")],
     steps: Annotated[int, typer.Option(help="Of training.")] = STEPS,
-    clips: Annotated[int, typer.Option(help="Held-out ones, to measure it on.")] = 200,
+    clips: Annotated[int, typer.Option(help="Held-out ones, which are written as files.")] = 200,
 ) -> None:
-    """Trains m3-tiny on clips and measures it."""
-    accuracy = evaluate(train(folder, steps), clips)
-    (folder / "accuracy.json").write_text(json.dumps(accuracy, indent=1) + "\n", encoding="utf-8")
-    print(table(accuracy))
+    """Trains m3-tiny on clips, and writes others to measure it on."""
+    final, data = train(folder, steps), write_clips(folder / "clips", clips)
+    print(f"python -m m3_evaluation.video_budgets {final} --data {data} --output {folder / 'budgets'}")
 
 
 if __name__ == "__main__":

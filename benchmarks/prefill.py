@@ -24,6 +24,7 @@ from .measure import Device, in_turn, markdown_table, milliseconds, save
 from .random_checkpoint import SHAPES, prompt, random_model
 
 
+DTYPES, BATCHES = ["float32", "bfloat16"], [1, 4]
 BAR = 1.10  # measured ratio to the finest scale, at most this much of the ratio of FLOPs
 TEXT = "<|user|><image>\nWhat does the sign behind the two people say?<|assistant|>"
 Size = Enum("Size", {name: name for name in SHAPES}, type=str)
@@ -167,13 +168,12 @@ def plot(cases: list[dict[str, Any]], file: Path) -> None:
 
 def main(
     size: Annotated[Size, typer.Option(help="Which language model; the vision tower is CLIP-L/336.")] = Size["1b"],
-    dtype: Annotated[list[str], typer.Option(help="One or more of torch's types. Repeat the option for several.")] = [
-        "float32",
-        "bfloat16",
-    ],  # noqa: B006
+    dtype: Annotated[
+        list[str], typer.Option(help="One or more of torch's types. Repeat the option for several.")
+    ] = DTYPES,
     batch: Annotated[
         list[int], typer.Option(min=1, help="One or more numbers of prompts. Repeat the option for several.")
-    ] = [1, 4],  # noqa: B006
+    ] = BATCHES,
     text: Annotated[int, typer.Option(min=2, help="Tokens of a prompt that are not visual ones.")] = 31,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     device: Device = "cpu",

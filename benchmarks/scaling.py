@@ -21,6 +21,7 @@ from .random_checkpoint import SHAPES, prompt, random_model
 
 
 # What grows: (unit, whether images are cut into tiles, {number of units: arguments of `prompt`}).
+NUMBERS = [36, 576]
 SWEEPS: dict[str, tuple[str, bool, dict[int, dict[str, Any]]]] = {
     "images": ("image", False, {count: {"images": count} for count in (1, 2, 4, 8, 16)}),
     "tiles": (
@@ -112,10 +113,9 @@ def main(
     sweep: Annotated[
         list[str], typer.Option(help=f"One or more of {', '.join(SWEEPS)}. Repeat the option for several.")
     ] = list(SWEEPS),  # noqa: B006
-    num_visual_tokens: Annotated[list[int], typer.Option(help="Per image or tile. Repeat the option for several.")] = [
-        36,
-        576,
-    ],  # noqa: B006
+    num_visual_tokens: Annotated[
+        list[int], typer.Option(help="Per image or tile. Repeat the option for several.")
+    ] = NUMBERS,
     dtype: Annotated[str, typer.Option(help="One of torch's types.")] = "bfloat16",
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     most: Annotated[int | None, typer.Option(help="Images, tiles or prompts at most.")] = None,

@@ -259,6 +259,11 @@ class VideoProcessingMixin:
             raise ValueError("Some pictures or videos are encoded and some are not: encode all of them, or none.")
         given = kwargs.get("images_kwargs", {})
         holder = given if given.get("num_visual_tokens") is not None else kwargs
+        total = asked.get("total_visual_tokens")
+        if total is not None and holder.get("num_visual_tokens") is not None and all(m.is_video for m in media):
+            raise ValueError(
+                f"total_visual_tokens={total!r} and num_visual_tokens={holder['num_visual_tokens']!r}: give one of them."
+            )
         holder["num_visual_tokens"] = self._numbers(media, as_plain(holder.get("num_visual_tokens")), video_numbers)
         if text is not None:
             text = [_filled(prompt, pattern, group, self.image_token) for prompt, group in zip(text, found)]
@@ -266,12 +271,8 @@ class VideoProcessingMixin:
 
     def _medium(self, given: Any, asked: dict[str, Any], pinpoints: Any) -> _Medium:
         stand = getattr(given, "stands_for", None)
-        if (
-            isinstance(given, Image.Image)
-            and stand is None
-            or isinstance(given, (np.ndarray, torch.Tensor))
-            and given.ndim < 4
-        ):
+        is_array = isinstance(given, (np.ndarray, torch.Tensor))
+        if (isinstance(given, Image.Image) and stand is None) or (is_array and given.ndim < 4):
             return _Medium([given], [int])  # what it costs is not asked
         video = stand if isinstance(stand, ChatVideo) else ChatVideo(given, {})
         options = {**asked, **{name: as_plain(value) for name, value in video.options.items() if value is not None}}

@@ -94,7 +94,7 @@ def sample_video(
         ImportError: for a file where PyAV is not installed.
     """
     if isinstance(video, Frames):
-        return video
+        return Frames(video._source, video.indices, video.timestamps)  # two places in a prompt may show the same
     check_choice("when_short", when_short, WHEN_SHORT)
     if num_frames is not None and fps is not None:
         raise ValueError(f"num_frames={num_frames!r} and fps={fps!r}: give one of them.")

@@ -279,6 +279,7 @@ WRONG = {
     "a total of none": (lambda d: CLIP, {"total_visual_tokens": 0}, "total_visual_tokens=0 must be"),
     "two budgets": (lambda d: CLIP, {"num_visual_tokens": [1, 9]}, r"\[1, 9\].*1 images and videos.*\[6\] pictures"),
     "no number": (lambda d: CLIP, {"num_visual_tokens": 100}, r"100 is not a number.*\[1, 9, 36, 144\]"),
+    "two ways": (lambda d: CLIP, {"num_visual_tokens": 9, "total_visual_tokens": 60}, "give one of them"),
     "no layout": (lambda d: CLIP, {"video_layout": "grid"}, "video_layout='grid' must be one of 'frames', 'collage'"),
     "no times": (lambda d: moving_frames(3), {"add_timestamps": True}, "video_fps=..."),
     "an unknown option": (lambda d: CLIP, {"videos_kwargs": {"frames": 3}}, "videos_kwargs has frames"),
@@ -359,3 +360,10 @@ def test_frames_among_tiles_are_one_view():
     )
     assert inputs["image_tile_grids"].tolist() == [[-1, -1], [-1, -1], alone["image_tile_grids"][0].tolist()]
     assert not inputs["pixel_values"][:2, 1:].any()
+
+
+def test_one_video_may_stand_in_two_places():
+    processor, frames = PROCESSORS["one view"], sample_video(moving_frames(9), num_frames=3)
+    inputs = processor(text="<video> <video>", videos=[frames, frames], num_visual_tokens=1, return_tensors="pt")
+    assert count(inputs, processor) == [6]
+    assert torch.equal(inputs["pixel_values"][:3], inputs["pixel_values"][3:])

@@ -301,7 +301,9 @@ def main(
     ] = None,
     precision: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(operations.PRECISIONS)}; several as fp16,nf4. fp16 if left out."),
+        typer.Option(
+            help=f"{', '.join(operations.PRECISIONS)}; several as fp16,nf4, or repeat the option. fp16 if left out."
+        ),
     ] = None,
     attention: Annotated[Attention, typer.Option(help="As transformers names it.")] = Attention.sdpa,
     vision: Annotated[bool, typer.Option(help="Count vision tower and projector.")] = True,

@@ -43,6 +43,7 @@ WHEN_SHORT = ("fewer", "repeat", "error")
 
 # What is read, by the names of FFmpeg's demuxers: others, as playlists, may open further files and addresses.
 FORMATS = "mov,matroska,gif,avi"
+MOST_FRAMES = 2**20  # that are taken at a rate: where callers may choose it, one must not take all memory there is
 URL_SECONDS = 30  # without a byte of an answer
 TIME_ERROR = 1e-6  # seconds by which times that were computed may be off
 NEAR_FRAMES = 24  # so many frames are decoded in passing: to seek costs about as much
@@ -148,6 +149,8 @@ def _at_rate(source: Any, among: range, fps: float, start: float, end: float | N
     times = _times_of(source, "fps")
     last = source.duration if end is None else min(end, source.duration)
     count = max(1, int((last - start) * fps - TIME_ERROR) + 1)
+    if count > MOST_FRAMES:
+        raise ValueError(f"fps={fps} is {count} frames of {last - start:.1f} seconds: at most {MOST_FRAMES} are taken.")
     return [min(_shown_at(times, start + index / fps), among[-1]) for index in range(count)]
 
 

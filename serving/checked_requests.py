@@ -15,7 +15,9 @@ from urllib.parse import urlsplit
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from .refused import Refused, shown
 from .settings import Settings
+from .video_parts import with_frames
 
 
 CHATS = ("/v1/chat/completions", "/tokenize")  # that take pictures
@@ -23,14 +25,6 @@ TEXTS = ("/v1/completions", "/detokenize")  # that have no place for one
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others of PIL's start programs, or fetch files
 TOO_DEEP = "The request is nested too deeply."
 DETAILS = ("low", "high", "auto")
-
-
-class Refused(Exception):
-    """A request that is answered with an error of HTTP's 4xx, and a sentence."""
-
-    def __init__(self, message: str, parameter: str | None = None, status: int = 400):
-        super().__init__(message)
-        self.parameter, self.status = parameter, status
 
 
 @dataclass
@@ -80,6 +74,8 @@ def _read(body: Any, path: str, settings: Settings) -> Asked:
         if path not in TEXTS and _names_a_picture(body):
             raise Refused(f"Pictures are taken by {CHATS[0]}, as image_url parts of its messages; {path} takes none.")
         return Asked(_with_number(body, None), None, [])
+    messages = [with_frames(message, settings) for message in messages]
+    body = {**body, "messages": messages}
     parts = list(_pictures(messages))
     sizes = [_checked(part, settings) for part in parts]
     number = _number(body, parts, settings)
@@ -99,24 +95,26 @@ def _pictures(messages: list[Any]) -> Iterator[dict[str, Any]]:
                 if set(part) - {"type", "image_url"} or not isinstance(given, dict):
                     raise Refused(
                         'A picture is {"type": "image_url", "image_url": {"url": ...}}, with a "detail" beside the url or not, '
-                        f"and nothing else; this one has {_shown(sorted(part))}.",
+                        f"and nothing else; this one has {shown(sorted(part))}.",
                         "messages",
                     )
                 yield given
             elif kind not in ("text", "refusal") or _names_a_picture(part):
-                raise Refused(f"A part of a message of type {_shown(kind)}: give text or image_url.", "messages")
+                raise Refused(
+                    f"A part of a message of type {shown(kind)}: give text, image_url or video_url.", "messages"
+                )
 
 
 def _checked(part: dict[str, Any], settings: Settings) -> tuple[int, int] | None:
     """The (height, width) of a picture that lies in the request, which is written again where vLLM would see another."""
     url = part.get("url")
     if not isinstance(url, str) or set(part) - {"url", "detail"}:
-        raise Refused(f'"image_url" needs a "url", and takes a "detail"; it has {_shown(sorted(part))}.', "image_url")
+        raise Refused(f'"image_url" needs a "url", and takes a "detail"; it has {shown(sorted(part))}.', "image_url")
     scheme = url[:5].lower()
     if scheme != "data:":
         host = _host(url) if scheme in ("http:", "https") else None
         if host is None:
-            raise Refused(f"{_shown(url)} is no picture: give a data URI, as data:image/png;base64,...", "url")
+            raise Refused(f"{shown(url)} is no picture: give a data URI, as data:image/png;base64,...", "url")
         if host not in settings.domains:
             raise Refused(
                 f"Pictures are not fetched from {host}: send the picture as a data URI, or have the operator allow that host "
@@ -182,17 +180,17 @@ def _number(body: dict[str, Any], parts: list[dict[str, Any]], settings: Setting
     """The number of visual tokens that a request names, by its `mm_processor_kwargs` or by its pictures' `detail`."""
     given = body.get("mm_processor_kwargs")
     if given is not None and not isinstance(given, dict):
-        raise Refused(f"mm_processor_kwargs {_shown(given)}: give an object.", "mm_processor_kwargs")
+        raise Refused(f"mm_processor_kwargs {shown(given)}: give an object.", "mm_processor_kwargs")
     unknown = set(given or {}) - {"num_visual_tokens"}
     if unknown:
         raise Refused(
-            f"mm_processor_kwargs has {_shown(sorted(unknown))}: num_visual_tokens is all that a request may set.",
+            f"mm_processor_kwargs has {shown(sorted(unknown))}: num_visual_tokens is all that a request may set.",
             "mm_processor_kwargs",
         )
     details = ["auto" if part.get("detail") is None else part["detail"] for part in parts]
     for detail in details:
         if detail not in DETAILS:
-            raise Refused(f"detail {_shown(detail)}: give one of {', '.join(DETAILS)}.", "detail")
+            raise Refused(f"detail {shown(detail)}: give one of {', '.join(DETAILS)}.", "detail")
     if (given or {}).get("num_visual_tokens") is not None:
         return _allowed(given["num_visual_tokens"], settings)
     named = {settings.details.get(detail, settings.default) for detail in details}
@@ -207,7 +205,7 @@ def _number(body: dict[str, Any], parts: list[dict[str, Any]], settings: Setting
 def _allowed(number: Any, settings: Settings) -> int:
     if isinstance(number, list):
         raise Refused(
-            f"num_visual_tokens={_shown(number)}: a request has one number for all its pictures, since the engine keeps "
+            f"num_visual_tokens={shown(number)}: a request has one number for all its pictures, since the engine keeps "
             f"pictures by the whole request. Choose from {settings.scales}.",
             "num_visual_tokens",
         )
@@ -219,7 +217,7 @@ def _allowed(number: Any, settings: Settings) -> int:
         )
     if type(number) is not int or number not in settings.scales:
         raise Refused(
-            f"num_visual_tokens={_shown(number)} is not offered by this model. Choose from {settings.scales}.",
+            f"num_visual_tokens={shown(number)} is not offered by this model. Choose from {settings.scales}.",
             "num_visual_tokens",
         )
     return number
@@ -252,8 +250,3 @@ def _names_a_picture(value: Any) -> bool:
     kinds = ("image", "audio", "video")
     named = any(kind in str(key) for key in value for kind in kinds)
     return named or any(kind in str(value.get("type")) for kind in kinds) or any(map(_names_a_picture, value.values()))
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."

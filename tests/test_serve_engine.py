@@ -21,9 +21,11 @@ import torch
 from conftest import commands_on_path, golden
 from conversion_checkpoints import copy_golden, edit_json, read_weights, store
 from PIL import Image
+from video_files import CLIP
 
 import modeling_m3
 from m3_conversion.convert import convert
+from modeling_m3.videos import sample_video
 
 
 pytestmark = [
@@ -279,6 +281,22 @@ def test_pictures_that_vllm_would_see_otherwise(folder, server, model_and_proces
         assert answer["prompt_token_ids"] == prompt
         other, excused = differs(answer["choices"][0]["token_ids"], expected, logits)
         assert not other or excused
+
+
+def test_a_video_is_answered_as_its_frames(folder, server, model_and_processor):
+    import requests
+
+    url = f"data:video/mp4;base64,{base64.b64encode(CLIP.read_bytes()).decode()}"
+    content = [{"type": "video_url", "video_url": {"url": url, "num_frames": 4}}, text("what color")]
+    frames = [*sample_video(CLIP, num_frames=4)]
+    turns = [{"role": "user", "content": [*map(part, frames), text("what color")]}]
+    prompt, expected, logits = expected_of((turns, frames, 36), *model_and_processor)
+    body = {"model": str(folder), "messages": [{"role": "user", "content": content}], "max_tokens": NEW_TOKENS}
+    body |= {"temperature": 0, "return_token_ids": True, "mm_processor_kwargs": {"num_visual_tokens": 36}}
+    answer = requests.post(f"{server[0]}/v1/chat/completions", json=body).json()
+    assert answer["prompt_token_ids"] == prompt
+    other, excused = differs(answer["choices"][0]["token_ids"], expected, logits)
+    assert not other or excused
 
 
 def test_what_does_not_fit_is_told_with_what_would(folder, server):

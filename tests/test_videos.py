@@ -273,6 +273,7 @@ WRONG = {
     "no frame": (lambda d: CLIP, {"num_frames": 0}, "num_frames=0 must be"),
     "both": (lambda d: CLIP, {"num_frames": 2, "fps": 1}, "give one of them"),
     "a rate of nothing": (lambda d: moving_frames(3), {"fps": 1}, "video_fps=..."),
+    "all there are, and again": (lambda d: CLIP, {"fps": 1e9}, "at most 1048576 are taken"),
     "after the end": (lambda d: CLIP, {"video_start": 9}, "the video lasts 4.000 seconds"),
     "before the start": (lambda d: CLIP, {"video_start": 2, "video_end": 1}, "the video lasts 4.000 seconds"),
     "too few tokens": (lambda d: CLIP, {"total_visual_tokens": 5}, "Take at most 5 frames"),

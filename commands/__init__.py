@@ -59,7 +59,7 @@ def _run(name: str, module: str, extra: str = "", needs: Sequence[str] = ()) -> 
         extra, needs: modules without which it cannot run, and the extra that brings them.
     """
     if missing := [needed for needed in needs if find_spec(needed) is None]:
-        print(f"{name}: needs {', '.join(missing)}: pip install 'm3-hf[{extra}]'", file=sys.stderr)
+        print(f"{name}: needs {', '.join(missing)}: pip install '.[{extra}]' in the clone", file=sys.stderr)
         return 1
     process = os.getpid()
 

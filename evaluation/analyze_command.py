@@ -34,7 +34,7 @@ def analyze(
         if output is not None and output.exists() and not output.is_dir():
             raise ValueError(f"--output {output} is a file.")
         if output is not None and find_spec("matplotlib") is None:
-            raise ValueError("the report needs matplotlib: pip install matplotlib, or 'm3-hf[eval]'.")
+            raise ValueError("the report needs matplotlib: pip install matplotlib.")
         from .analysis import analyze as of_runs
         from .measured_card import write_card
         from .report import write_report

@@ -205,7 +205,7 @@ def main() -> None:
 
 def _benchmarks(names: list[str], include_path: Path | None) -> dict[str, Any]:
     if find_spec("lmms_eval") is None:
-        raise ValueError("--tasks needs lmms-eval: pip install 'm3-hf[eval]'. --data works without it.")
+        raise ValueError("--tasks needs lmms-eval: pip install '.[eval]' in the clone. --data works without it.")
     if include_path is not None and not include_path.is_dir():
         raise ValueError(f"--include_path {include_path} is no folder.")
     from .benchmark_tasks import find_tasks

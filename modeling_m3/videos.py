@@ -358,7 +358,7 @@ def _av() -> Any:
         import av
     except ImportError as error:
         raise ImportError(
-            'To read video files, PyAV is needed: pip install "m3-hf[video]", or pip install av. Lists of pictures and arrays '
+            'To read video files, PyAV is needed: pip install av, or ".[video]" in a clone. Lists of pictures and arrays '
             "need nothing."
         ) from error
     return av

@@ -54,7 +54,7 @@ def run(
         import ray
         import ray.data
     except ImportError as error:
-        raise ValueError("--ray needs Ray: pip install 'm3-hf[serve]'.") from error
+        raise ValueError("--ray needs Ray: pip install '.[serve]' in the clone.") from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it calls every actor with arguments an error
     ray.init(

@@ -71,7 +71,7 @@ def test_commands_work_in_a_project_with_folders_of_our_names(name, project, con
 def test_a_command_whose_extra_is_missing_says_which(monkeypatch, capsys):
     monkeypatch.setattr("m3_commands.find_spec", lambda name: None if name == "pyarrow" else "found")
     assert m3_commands.batch() == 1
-    assert capsys.readouterr().err == "m3-batch: needs pyarrow: pip install 'm3-hf[serve]'\n"
+    assert capsys.readouterr().err == "m3-batch: needs pyarrow: pip install '.[serve]' in the clone\n"
 
 
 @pytest.mark.parametrize("command", INSTALLED, ids=lambda command: command.name)

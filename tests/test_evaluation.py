@@ -292,7 +292,7 @@ def test_full_disk_is_told_in_a_line(my_data, tmp_path, capsys, monkeypatch):
 
 def test_without_lmms_eval_tasks_say_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("m3_evaluation.eval_command.find_spec", lambda name: None)
-    assert "pip install 'm3-hf[eval]'" in fails(capsys, "--tasks", "pope", "--output", tmp_path / "run")
+    assert "pip install '.[eval]' in the clone" in fails(capsys, "--tasks", "pope", "--output", tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def test_a_finished_run_is_not_run_again(converted, tmp_path, capsys):
         ({}, "data_path is missing"),
         ({"image_folder": "none"}, "image_folder=none is no folder."),
         ({"matryoshka_scales": "7"}, "matryoshka_scales=[7]: 7 is not a number of visual tokens"),
-        ({"model_name_or_path": "./none"}, "none is not a folder"),
+        ({"model_name_or_path": "./none"}, "There is no folder ./none"),
         (
             {"model_name_or_path": GOLDENS / "llava15-m3"},
             "is an original LLaVA checkpoint; convert it first: m3-convert",

@@ -109,9 +109,9 @@ def test_what_changes_no_loss_changes_none(options, run, plain_losses):
 
 def test_a_compiled_model_is_written(run, monkeypatch):
     """Its prefix came in the way of the final folder. It is wrapped as if it were compiled, which takes two minutes here."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # which the arguments set, for this process and all it does
-    assert run("--torch_compile", max_steps=1)[0] == 0
+    with torch._dynamo.config.patch(disable=True):  # what monkeypatch puts back there does not last
+        assert run("--torch_compile", max_steps=1)[0] == 0
 
 
 @pytest.fixture(scope="module")

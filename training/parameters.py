@@ -52,7 +52,7 @@ def add_lora(model: M3LlavaForConditionalGeneration, arguments: ModelArguments) 
     try:
         from peft import LoraConfig, LoraModel
     except ImportError as error:
-        raise ValueError('lora needs peft: pip install "m3-hf[train]"') from error
+        raise ValueError('lora needs peft: pip install ".[train]" in the clone') from error
     prefix = "model.language_model."
     layers = [n for n, m in model.named_modules() if n.startswith(prefix) and isinstance(m, nn.Linear)]
     names = sorted({layer.rsplit(".", 1)[-1] for layer in layers})

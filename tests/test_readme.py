@@ -11,6 +11,7 @@ from conftest import commands_on_path
 
 import modeling_m3
 from modeling_m3.generation_m3 import FOREIGN_NAMES
+from modeling_m3.processing_m3 import MAKES_TEXT_PLAIN
 
 
 REPOSITORY = Path(__file__).parent.parent
@@ -55,7 +56,8 @@ def test_python_blocks(block, folder):
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
     said = [line for line in re.split(r"[\r\n]+", result.stderr) if line and not line.startswith("Loading weights")]
-    assert said == [], "no block warns"
+    if MAKES_TEXT_PLAIN:  # older releases' pipeline warns of itself
+        assert said == [], "no block warns"
 
 
 def test_what_m3_tiny_is_said_to_answer():

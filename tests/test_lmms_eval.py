@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import commands_on_path
 from PIL import Image
+from video_files import CLIP
 
 import modeling_m3
 from m3_evaluation.runs import read_run, read_samples, read_task
@@ -119,6 +120,27 @@ def test_plugin_answers_as_m3_eval_records(scale, batch_size, tasks, run):
 def test_simple_interface_answers_the_same(tasks, run):
     found = plugin(tasks, "m3_scenes", num_visual_tokens=36, force_simple=True)["m3_scenes"]
     assert answers(found) == [sample.answers[2] for sample in read_samples(run, "m3_scenes")]
+
+
+@pytest.mark.parametrize("force_simple", [False, True])
+def test_videos_are_answered_as_by_m3_eval(force_simple, tmp_path):
+    from m3_evaluation.video_tasks import make
+
+    rows = [["", "video_name", "question", "answer", "a0", "a1"], ["0", "clip", "Is there a star", "B", "no", "yes"]]
+    (tmp_path / "choice.csv").write_text("\n".join(map(",".join, rows)))
+    (tmp_path / "open.jsonl").write_text(
+        json.dumps({"video": "clip.mp4", "question": "What color is it?", "answer": "blue"})
+    )
+    for name in ("choice.csv", "open.jsonl"):
+        assert make(tmp_path / "tasks", tmp_path / name, CLIP.parent, name.partition(".")[0]) == 1
+    ways = {"num_frames": 3, "video_layout": "collage"}
+    found = plugin(tmp_path / "tasks", "choice", "open", num_visual_tokens=36, force_simple=force_simple, **ways)
+    asked = ["--tasks", "choice,open", "--include_path", tmp_path / "tasks", "--scales", "9,36"]
+    m3_eval(*asked, "--num_frames", 3, "--video_layout", "collage", "--output", tmp_path / "run")
+    for name in ("choice", "open"):
+        [sample] = read_samples(tmp_path / "run", name)
+        assert answers(found[name]) == [sample.answers[1]] and sample.visual_tokens == [9, 36]
+    assert "A:no. B:yes." in next(read_samples(tmp_path / "run", "choice")).question
 
 
 @pytest.mark.parametrize(

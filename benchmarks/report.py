@@ -25,6 +25,7 @@ from . import (
     quantized_answers,
     scaling,
     serving,
+    video,
 )
 
 
@@ -38,6 +39,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "one_encoding": ("One encoding for all budgets", one_encoding.table),
     "automatic_budget": ("What the automatic budget costs in time", automatic_budget.table),
     "evaluation": ("An evaluation at every scale", evaluation.table),
+    "reading_video": ("Reading and encoding videos", video.table),
     "serving": ("What a budget buys on a server", serving.table),
     "backend": ("What vLLM's Transformers backend costs", backend.table),
     "batch": ("Batch jobs on Ray", batch.table),

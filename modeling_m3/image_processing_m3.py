@@ -339,9 +339,13 @@ class M3LlavaImageProcessor(_Views, TorchvisionBackend):
         device: str | torch.device | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """A PIL image stays (h, w, c) in memory, which transformers' own changes: so it is resized twice as fast."""
+        """A PIL image stays (h, w, c) in memory, which transformers' own changes: so it is resized twice as fast. Arrays that are
+        said to lie so stay so, too."""
         if do_convert_rgb and isinstance(image, Image.Image):
             return torch.from_numpy(np.array(_as_rgb(image))).permute(2, 0, 1).to(device)
+        is_rgb = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3
+        if is_rgb and kwargs.get("input_data_format") == "channels_last":  # as a decoded frame is
+            return torch.from_numpy(image).permute(2, 0, 1).to(device)
         return super().process_image(image, do_convert_rgb=do_convert_rgb, device=device, **kwargs)
 
     def resize(self, image: torch.Tensor, size: SizeDict, resample: Any = None, **kwargs: Any) -> torch.Tensor:

@@ -21,7 +21,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -353,13 +353,12 @@ class VideoProcessingMixin:
             if getattr(group[0], "stands_for", None) is None:
                 parts.append(prepare(group, return_tensors="pt", **kwargs))
                 continue
-            frames, one_view = group[0].stands_for[0], {"image_grid_pinpoints": None} if cuts_tiles else {}
-            for some in _chunks(frames, FRAMES_AT_ONCE):
-                part = prepare(some, return_tensors="pt", **{**kwargs, **one_view})
+            for part in _prepared(group[0].stands_for[0], FRAMES_AT_ONCE, prepare, cuts_tiles, **kwargs):
                 if cuts_tiles:
+                    count = len(part["pixel_values"])
                     part["pixel_values"] = part["pixel_values"][:, None]
-                    part["image_tile_grids"] = torch.tensor([ONE_VIEW] * len(some))
-                    part["image_sizes"] = torch.tensor([[frame.height, frame.width] for frame in some])
+                    part["image_tile_grids"] = torch.tensor([ONE_VIEW] * count)
+                    part["image_sizes"] = torch.tensor([part["pixel_values"].shape[-2:]] * count)  # of the view
                 parts.append(part)
         names = parts[0].keys()
         joined = {name: cat_tiles([part[name] for part in parts]) for name in names}
@@ -383,9 +382,9 @@ class VideoPixels:
         return len(self._frames)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        one_view = {} if self._processor._pinpoints() is None else {"image_grid_pinpoints": None}
-        for some in _chunks(self._frames, self._frames_at_once):
-            yield self._processor.image_processor(some, return_tensors="pt", **one_view)["pixel_values"]
+        prepare, cuts_tiles = self._processor.image_processor, self._processor._pinpoints() is not None
+        for part in _prepared(self._frames, self._frames_at_once, prepare, cuts_tiles):
+            yield part["pixel_values"]
 
 
 def videos_of(videos: Any) -> tuple[list, bool]:
@@ -463,12 +462,12 @@ def _filled(prompt: str, pattern: re.Pattern, media: list[_Medium], mark: str) -
     return "".join([*parts, prompt[start:]])
 
 
-def _chunks(frames: Any, size: int) -> Iterator[list[Image.Image]]:
-    some = []
-    for frame in frames:
-        some.append(frame)
-        if len(some) == size:
-            yield some
-            some = []
-    if some:
-        yield some
+def _prepared(
+    frames: Frames, size: int, prepare: Callable[..., Any], cuts_tiles: bool, **kwargs: Any
+) -> Iterator[dict[str, Any]]:
+    """What the image processor makes of frames, as one view each, `size` at a time."""
+    one_view = {"image_grid_pinpoints": None} if cuts_tiles else {}
+    remaining = frames.decoded()
+    while some := list(islice(remaining, size)):
+        layout = {"input_data_format": "channels_last"} if isinstance(some[0], np.ndarray) else {}
+        yield prepare(some, return_tensors="pt", **{**kwargs, **one_view, **layout})

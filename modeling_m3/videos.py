@@ -64,7 +64,11 @@ class Frames:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Image.Image]:
-        """The frames as RGB pictures, upright."""
+        """The frames as pictures, upright; of files in RGB."""
+        return (Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame for frame in self.decoded())
+
+    def decoded(self) -> Iterator[Image.Image | np.ndarray]:
+        """The same, but those of files as arrays, (height, width, 3): a picture of each would be one more copy."""
         return self._source.frames(self.indices)
 
 
@@ -256,7 +260,7 @@ class _File:
             whole = f"{expected} frames" if expected > len(entries) else f"{end:.1f} seconds"
             raise self._error(f"is cut off: it has {len(entries)} frames, {known:.1f} seconds, of {whole}")
 
-    def frames(self, indices: Sequence[int]) -> Iterator[Image.Image]:
+    def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         """The frames of these indices, which ascend and may repeat."""
         wanted = iter(indices)
         index = next(wanted, None)
@@ -332,11 +336,11 @@ def _of(frames: Iterator[tuple[int, Any]], indices: list[int]) -> Iterator[tuple
             return
 
 
-def _upright(frame: Any) -> Image.Image:
+def _upright(frame: Any) -> np.ndarray:
     """The frame as it is meant to be seen: cameras that are held upright store how to turn it."""
     array = frame.to_ndarray(format="rgb24")
     turns = round(getattr(frame, "rotation", 0) / 90) % 4  # counterclockwise
-    return Image.fromarray(np.ascontiguousarray(np.rot90(array, turns)) if turns else array)
+    return np.ascontiguousarray(np.rot90(array, turns)) if turns else array
 
 
 def _is_cover(av: Any, stream: Any) -> bool:

@@ -314,7 +314,6 @@ class _File:
                 if not streams:
                     sounds = " but sound" if container.streams.audio else ""
                     raise self._error(f"has no moving pictures{sounds}")
-                streams[0].thread_type = "AUTO"
                 yield container, streams[0]
         except (av.error.FFmpegError, OSError) as error:
             raise self._error(

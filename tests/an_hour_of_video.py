@@ -17,7 +17,13 @@ from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaImageProcessorPi
 def main() -> None:
     torch.manual_seed(0)
     config = tiny_config(
-        vision_config={"hidden_size": 64, "intermediate_size": 256, "image_size": 336, "patch_size": 14},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "image_size": 336,
+            "patch_size": 14,
+        },
         text_config={"max_position_embeddings": 40960},
     )
     model = M3LlavaForConditionalGeneration(config).eval()

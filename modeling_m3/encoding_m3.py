@@ -115,7 +115,7 @@ class M3LlavaEncodingMixin:
         The visual tokens of encoded images at one scale, or at each image's own; the vision tower does not run again.
 
         Args:
-            encoded: what `encode_images` returned.
+            encoded: what `encode_images` or `encode_video` returned.
             num_visual_tokens: tokens per tile, for all images or for each; the finest scale by default.
             visual_token_sampling: how tiles are reduced to them; the configuration's way by default.
 

@@ -43,7 +43,7 @@ from .visual_tokens import as_plain, check_pinpoints, tile_grid
 
 logger = logging.get_logger(__name__)
 
-# A canvas of more pixels is resized band by band, and no picture is ever held at more than the second number: sizes grow by
+# Rows are padded and narrowed in bands of so many pixels, and no picture is ever held at more than the second number: sizes grow by
 # aspect ratio, so that a file of a few kilobytes could ask for all memory there is. No canvas is wider than the third.
 BAND_PIXELS = 2**22
 MOST_PIXELS = 2**27
@@ -232,7 +232,7 @@ class _Views:
         """The picture in the middle of a square canvas, of the wanted size already where it is of bytes.
 
         Resizing by PIL is two passes: every row is narrowed by itself, then every column is shortened. So rows can be padded
-        and narrowed band by band, to the same bits. A canvas is touched nowhere then.
+        and narrowed band by band, to the same bits, and no square canvas is made.
         """
         height, edge = image.shape[-2], max(image.shape[-2:])
         wanted = size and (size.shortest_edge or (size.height == size.width and size.height))

@@ -5,7 +5,8 @@ M3 at its finest scale is what transformers calls `LlavaForConditionalGeneration
 
 A prefill is one picture and 64 tokens of text per prompt, from pixels to the logits of the last token. Tokens are decoded
 after such a prefill, from its cache, which is cut back afterwards: by calling the model in a loop, which is what the classes
-themselves cost, and by `generate`, which adds what each of them prepares for a step.
+themselves cost, and by `generate`, which adds what each of them prepares for a step. With `--compile` there are prefills by
+graphs too: ours by `compile_for`, the other class by `torch.compile`, which needs more than one graph for it.
 """
 
 import statistics
@@ -18,6 +19,7 @@ import torch
 import typer
 from torch import nn
 from transformers import (
+    DynamicCache,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -33,6 +35,7 @@ from .random_checkpoint import SHAPES, build, prompt, random_config
 
 # Ours may take at most this much of the time of transformers' own class, as the issue of this measurement demands.
 BARS = {"prefill": 1.00, "decode, forward": 1.02, "decode, generate": 1.02}
+COMPILED = "prefill, compiled"
 CLASSES = ("M3", "transformers")
 TEXT = 64  # tokens of a prompt besides the picture's
 # In tiles, (rows, columns): LLaVA-NeXT's. A picture of one of these shapes fills its tiles, so that nothing is cut off as
@@ -158,7 +161,15 @@ def difference(ours: Decoder, theirs: Decoder, dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def measure(config: M3LlavaConfig, dtype: torch.dtype, device: str, batch: int, new_tokens: int, repeats: int) -> dict:
+def measure(
+    config: M3LlavaConfig,
+    dtype: torch.dtype,
+    device: str,
+    batch: int,
+    new_tokens: int,
+    repeats: int,
+    compiled: bool = False,
+) -> dict:
     """Seconds of every run, `{name of BARS: {class: [seconds]}}`, of a token where tokens are decoded; and ratios."""
     ours = build(config, dtype, device)
     inputs = make_inputs(ours, batch)
@@ -170,10 +181,16 @@ def measure(config: M3LlavaConfig, dtype: torch.dtype, device: str, batch: int, 
         runs["prefill", name] = lambda model=model: model(**inputs, logits_to_keep=1, use_cache=True)
         runs["decode, forward", name] = decoder.forward
         runs["decode, generate", name] = decoder.generate
-    ordered = {(bar, name): runs[bar, name] for bar in BARS for name in CLASSES}  # compared runs follow each other
-    seconds: dict[str, dict[str, list[float]]] = {bar: {} for bar in BARS}
+    bars = BARS
+    if compiled:
+        bars = {"prefill": BARS["prefill"], COMPILED: BARS["prefill"], **BARS}
+        theirs = torch.compile(decoders["transformers"].model, dynamic=False)
+        runs[COMPILED, "M3"] = compiled_prefill(ours, inputs, max(config.visual_token_scales), TEXT)
+        runs[COMPILED, "transformers"] = lambda: theirs(**inputs, logits_to_keep=1, use_cache=True)
+    ordered = {(bar, name): runs[bar, name] for bar in bars for name in CLASSES}  # compared runs follow each other
+    seconds: dict[str, dict[str, list[float]]] = {bar: {} for bar in bars}
     for (bar, name), taken in in_turn(ordered, repeats).items():
-        steps = 1 if bar == "prefill" else new_tokens
+        steps = 1 if bar.startswith("prefill") else new_tokens
         seconds[bar][name] = [value / steps for value in taken]
     return {
         "tokens": {"prompt": inputs["input_ids"].shape[1], "decoded": new_tokens, "batch": batch},
@@ -183,8 +200,31 @@ def measure(config: M3LlavaConfig, dtype: torch.dtype, device: str, batch: int, 
             bar: statistics.median(values["M3"]) / statistics.median(values["transformers"])
             for bar, values in seconds.items()
         },
-        "bars": BARS,
+        "bars": bars,
     }
+
+
+def compiled_prefill(
+    model: M3LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor], scale: int, max_text: int
+) -> Callable[[], object]:
+    """A prefill by a graph, as `generate` has it, with an empty cache. Raises `RuntimeError` if there is none."""
+    model.compile_for(scale, max_text, like=inputs, progress=False)
+    return graph_prefill(model, inputs)
+
+
+def graph_prefill(model: M3LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> Callable[[], object]:
+    graphs = model._prefill_graphs
+    arguments = {name: value for name, value in inputs.items() if name != "input_ids"}
+
+    @torch.no_grad()
+    def run() -> object:
+        model._prefill_graphs = graphs
+        outputs = model._prefill_by_graph(inputs["input_ids"], {**arguments, CACHE_NAME: DynamicCache()})
+        if outputs is None:
+            raise RuntimeError("There is no graph for this prompt.")
+        return outputs
+
+    return run
 
 
 def table(result: dict[str, Any]) -> str:
@@ -212,11 +252,12 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are decoded in a run.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="Runs that are timed.")] = 5,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compiled prefills too.")] = False,
     output: Annotated[Path | None, typer.Option(help="A JSON file for all that was measured.")] = None,
 ) -> None:
     """Measures prefill and decoding of M3 and of transformers' own class, in turn."""
     config = make_config(size.value, kind.value)
-    result = measure(config, getattr(torch, dtype.value), device, batch, new_tokens, repeats)
+    result = measure(config, getattr(torch, dtype.value), device, batch, new_tokens, repeats, compiled)
     result |= {"size": size.value, "kind": kind.value, "dtype": dtype.value, "device": device}
     print(table(result))
     save(result, output)

@@ -3,9 +3,12 @@
 A prefill is one `forward` with pictures, vision tower included, up to the logits of the last position. The time to the
 first token begins with a picture and a text: processor, then `generate`. Beside them stand the floating-point operations
 of the same work, counted by torch on the meta device, and how far the measured ratio to the finest scale exceeds theirs.
+
+With `--compile`, each is measured by the graphs of `compile_for` too, in turn with those without, and what memory they add.
 """
 
 import statistics
+import time
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -20,14 +23,16 @@ from transformers import AutoProcessor
 
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration, default_checkpoint
 
-from .measure import Device, in_turn, markdown_table, milliseconds, save
+from .measure import Device, forget_peak_memory, in_turn, markdown_table, memory, milliseconds, save
+from .peers import graph_prefill
 from .random_checkpoint import SHAPES, prompt, random_model
 
 
 DTYPES, BATCHES = ["float32", "bfloat16"], [1, 4]
+M3_TINY = "m3-tiny"  # the checkpoint that ships with the package, in place of a shape
 BAR = 1.10  # measured ratio to the finest scale, at most this much of the ratio of FLOPs
-TEXT = "<|user|><image>\nWhat does the sign behind the two people say?<|assistant|>"
-Size = Enum("Size", {name: name for name in SHAPES}, type=str)
+TEXT = "<|user|><image>\nWhat does the sign say?<|assistant|>"
+Size = Enum("Size", {name: name for name in (*SHAPES, M3_TINY)}, type=str)
 
 
 def prefill_flops(config: M3LlavaConfig, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -62,7 +67,9 @@ def prefill(model: M3LlavaForConditionalGeneration, inputs: dict[str, torch.Tens
     model(**inputs, logits_to_keep=1).logits.cpu()
 
 
-def measure(size: str, dtype: str, batch: int, text: int, repeats: int, device: str) -> dict[str, Any]:
+def measure(
+    size: str, dtype: str, batch: int, text: int, repeats: int, device: str, compiled: bool = False
+) -> dict[str, Any]:
     """One case: seconds of every scale's prefill and first token, in turn, and FLOPs.
 
     Args:
@@ -72,8 +79,12 @@ def measure(size: str, dtype: str, batch: int, text: int, repeats: int, device: 
         text: tokens of a prompt that are not visual ones.
         repeats: measurements of each.
         device: to run on.
+        compiled: whether by graphs too.
     """
-    model = random_model(size, getattr(torch, dtype), device=device)
+    if size == M3_TINY:
+        model = M3LlavaForConditionalGeneration.from_pretrained(default_checkpoint()).to(device, getattr(torch, dtype))
+    else:
+        model = random_model(size, getattr(torch, dtype), device=device)
     processor = AutoProcessor.from_pretrained(default_checkpoint(), backend="pil")
     model.config.image_token_id = processor.image_token_id
     picture = Image.effect_mandelbrot((640, 480), (-2, -1.5, 1, 1.5), 100).convert("RGB")
@@ -90,7 +101,22 @@ def measure(size: str, dtype: str, batch: int, text: int, repeats: int, device: 
         f"prefill {scale}": lambda scale=scale: prefill(model, prompts[scale]) for scale in scales
     }
     runs |= {f"first token {scale}": lambda scale=scale: first_token(scale) for scale in scales}
-    seconds = in_turn(runs, repeats)
+    held, graphs = {}, None
+    if compiled:
+        held["without graphs"] = _peak_memory(device, [runs[f"prefill {scales[0]}"], runs[f"first token {scales[0]}"]])
+        start = time.perf_counter()
+        asked = processor(images=picture, text=TEXT, num_visual_tokens=scales[0])["input_ids"][0]
+        longest = max(text, sum(token != processor.image_token_id for token in asked))
+        model.compile_for(scales, max_text=longest, like=prompts[scales[0]])
+        held["seconds to compile"], graphs = time.perf_counter() - start, model._prefill_graphs
+        runs = {name: _with_graphs(model, None, run) for name, run in runs.items()}
+        for scale in scales:
+            runs[f"compiled prefill {scale}"] = graph_prefill(model, prompts[scale])
+            runs[f"compiled first token {scale}"] = _with_graphs(model, graphs, lambda scale=scale: first_token(scale))
+        by_graph = [run for name, run in runs.items() if name.startswith("compiled")]
+        held["with graphs"] = _peak_memory(device, by_graph)
+    kinds = ("compiled_", "") if compiled else ("",)
+    seconds = in_turn(_beside_each_other(runs), repeats)
     return {
         "size": size,
         "dtype": dtype,
@@ -101,12 +127,42 @@ def measure(size: str, dtype: str, batch: int, text: int, repeats: int, device: 
             {
                 "visual_tokens": scale,
                 "flops": prefill_flops(model.config, prompts[scale])["total"],
-                "prefill": seconds[f"prefill {scale}"],
-                "first_token": seconds[f"first token {scale}"],
+                **{
+                    f"{kind}{name}": seconds[f"{kind}{name} {scale}".replace("_", " ")]
+                    for kind in kinds
+                    for name in ("prefill", "first_token")
+                },
             }
             for scale in scales
         ],
+        **({"memory": held} if compiled else {}),
     }
+
+
+def _with_graphs(model: M3LlavaForConditionalGeneration, graphs: Any, run: Callable) -> Callable:
+    def with_graphs() -> None:
+        model._prefill_graphs = graphs
+        run()
+
+    return with_graphs
+
+
+def _beside_each_other(runs: dict[str, Callable]) -> dict[str, Callable]:
+    """What is compared follows each other: with and without a graph."""
+    return dict(sorted(runs.items(), key=lambda item: item[0].removeprefix("compiled ")))
+
+
+def _peak_memory(device: str, runs: list[Callable]) -> int:
+    """Bytes that the device, or this process, holds at most while these run once more than they need to be warm."""
+    for run in runs:
+        run()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        forget_peak_memory()
+    for run in runs:
+        run()
+    return torch.cuda.max_memory_reserved() if torch.device(device).type == "cuda" else memory("VmHWM")
 
 
 def relative(case: dict[str, Any]) -> list[tuple[float, float]]:
@@ -122,16 +178,17 @@ def table(result: dict[str, Any]) -> str:
 
 def case_table(case: dict[str, Any]) -> str:
     rows = []
-    for row, (time, flops) in zip(case["scales"], relative(case)):
+    for row, (part, flops) in zip(case["scales"], relative(case)):
         rows.append(
             [
                 row["visual_tokens"],
                 f"{row['flops'] / 1e12:.2f}",
                 milliseconds(row["prefill"]),
-                f"{time:.3f}",
+                f"{part:.3f}",
                 f"{flops:.3f}",
             ]
-            + [f"{time / flops:.2f}", milliseconds(row["first_token"])]
+            + [f"{part / flops:.2f}", milliseconds(row["first_token"])]
+            + _compiled_cells(row)
         )
     header = [
         "visual tokens",
@@ -142,11 +199,24 @@ def case_table(case: dict[str, Any]) -> str:
         "ratio",
         "first token, ms",
     ]
+    graphs = ""
+    if "memory" in case:
+        header += ["compiled prefill, ms", "of without", "compiled first token, ms", "of without"]
+        before, after = (case["memory"][f"{name} graphs"] / 1e9 for name in ("without", "with"))
+        graphs = f" Most memory held {before:.2f} GB without graphs, {after:.2f} GB with."
     return (
         f"{case['size']}, {case['parameters'] / 1e9:.2f} B parameters, {case['dtype']}, batch {case['batch']}, "
         f"{case['text_tokens']} text tokens; medians of {len(case['scales'][0]['prefill'])}, least to most. "
-        f"`ratio` should be at most {BAR}.\n\n{markdown_table(header, rows)}"
+        f"`ratio` should be at most {BAR}.{graphs}\n\n{markdown_table(header, rows)}"
     )
+
+
+def _compiled_cells(row: dict[str, Any]) -> list[str]:
+    cells = []
+    for name in ("prefill", "first_token"):
+        if (taken := row.get(f"compiled_{name}")) is not None:
+            cells += [milliseconds(taken), f"{statistics.median(taken) / statistics.median(row[name]):.2f}"]
+    return cells
 
 
 def plot(cases: list[dict[str, Any]], file: Path) -> None:
@@ -177,6 +247,7 @@ def main(
     text: Annotated[int, typer.Option(min=2, help="Tokens of a prompt that are not visual ones.")] = 31,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     device: Device = "cpu",
+    compiled: Annotated[bool, typer.Option("--compile", help="By the graphs of compile_for too.")] = False,
     output: Annotated[Path | None, typer.Option(help="A JSON file for all that was measured.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="A PNG file.")] = None,
 ) -> None:
@@ -187,7 +258,7 @@ def main(
     cases = []
     for name in dtype:
         for prompts in batch:
-            cases.append(measure(size.value, name, prompts, text, repeats, device))
+            cases.append(measure(size.value, name, prompts, text, repeats, device, compiled))
             print(case_table(cases[-1]), end="\n\n", flush=True)
             save({"cases": cases}, output)
     if plot_file is not None:

@@ -22,6 +22,7 @@ from transformers.image_utils import load_image
 from transformers.utils import logging
 
 import modeling_m3
+from modeling_m3.compiling_m3 import SHORTEST_TEXT
 from modeling_m3.pictures import open_pictures
 from modeling_m3.processing_m3 import MAKES_TEXT_PLAIN
 from modeling_m3.video_processing_m3 import SAMPLING_OPTIONS
@@ -111,6 +112,12 @@ def ask(
     compare: Annotated[
         bool, typer.Option("--compare", help="Answer at every scale of the checkpoint, and by auto.")
     ] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Compile what comes before the first token; kept on disk, so that the next time is quick."
+        ),
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer, in tokens, at most.")] = 256,
     device: Annotated[
         str | None, typer.Option(help="Where to run: cpu, cuda, ..., auto for all there are. The GPU if there is one.")
@@ -125,6 +132,10 @@ def ask(
     """Answers a question about a picture or a video, at the number of visual tokens you choose."""
     if compare and (num_visual_tokens is not None or total_visual_tokens is not None):
         raise typer.BadParameter("--compare answers at every number of visual tokens: leave --num-visual-tokens out")
+    if compiled and num_visual_tokens == AUTO:
+        raise typer.BadParameter(
+            "--compile is for a number of visual tokens: auto looks at several. Leave one of them out"
+        )
     options = {"num_frames": num_frames, "fps": fps, "video_start": video_start, "video_end": video_end}
     options |= {"total_visual_tokens": total_visual_tokens, "add_timestamps": timestamps or None}
     options = {name: value for name, value in options.items() if value is not None}
@@ -142,6 +153,7 @@ def ask(
             number,
             options,
             compare,
+            compiled,
             max_new_tokens,
             device,
             quiet,
@@ -163,6 +175,7 @@ def _ask(
     num_visual_tokens: int | str | None,
     options: dict[str, Any],
     compare: bool,
+    compiled: bool,
     max_new_tokens: int,
     device: str | None,
     quiet: bool,
@@ -210,6 +223,11 @@ def _ask(
     if trained is not None and not quiet and not asked <= {*trained}:
         print(f"m3-ask: {NOT_TRAINED.format(', '.join(map(str, trained)))}", file=sys.stderr)
 
+    if compiled:
+        text = int((inputs["input_ids"] != processor.image_token_id).sum())
+        asked = scales if compare else [inputs["num_visual_tokens"].tolist()]
+        model.compile_for(asked, max_text=max(SHORTEST_TEXT, 1 << (text - 1).bit_length()), like=inputs)
+
     def answer(
         inputs: Any, show: bool, max_new_tokens: int = max_new_tokens, **images: Any
     ) -> tuple[_Answer, float, float, Any]:
@@ -247,7 +265,10 @@ def _ask(
         if scale != AUTO and inputs["input_ids"].shape[1] > context:
             print(f"{tokens:>13}  more than the language model's context of {context} tokens")
             continue
-        streamer, first, total, output = answer(inputs, show=False, encoded_images=encoded)
+        shown = {"encoded_images": encoded}
+        if compiled and scale != AUTO:  # a graph begins with pixels
+            shown = {name: images[name] for name in ("pixel_values", "image_sizes") if name in images}
+        streamer, first, total, output = answer(inputs, show=False, **shown)
         if scale == AUTO:
             tokens = f"{AUTO}: {output.visual_tokens_spent.item()}"
         row = f"{tokens:>13}  {first:>9.3f} s  {total:>4.3f} s  "

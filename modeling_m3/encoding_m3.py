@@ -16,7 +16,7 @@
 Part of the model; apart from it because a prompt is not needed for it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -32,13 +32,16 @@ PER_LAYER = ("output_hidden_states", "output_attentions")
 class M3LlavaEncodingMixin:
     """Encoding for a model with `vision_tower`, `multi_modal_projector` and `image_newline`."""
 
-    def _encode_tiles(self, tiles: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
-        """The tower's outputs and the projector's for tiles, (tiles, channels, height, width).
+    def _encode_tiles(
+        self, tiles: torch.Tensor, pool: Callable[[torch.Tensor], torch.Tensor] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The tower's outputs and the projector's for tiles, (tiles, channels, height, width); what `pool` leaves of them.
 
         Where no gradients are needed, many tiles go through in parts, so that what is between layers needs no more memory.
         """
         if (
             len(tiles) > TILES_AT_ONCE
+            and pool is None
             and not torch.is_grad_enabled()
             and not any(kwargs.get(name) for name in PER_LAYER)
         ):
@@ -50,7 +53,7 @@ class M3LlavaEncodingMixin:
         kept = features if self.config.keeps_class_token else features[:, 1:]
         return {
             "last_hidden_state": features,
-            "tile_features": self.multi_modal_projector(kept),
+            "tile_features": self.multi_modal_projector(kept, pool),
             "hidden_states": outputs.hidden_states,
             "attentions": outputs.attentions,
         }
@@ -138,8 +141,11 @@ class M3LlavaEncodingMixin:
         newline = self.image_newline
         if newline is not None:
             newline = newline.to(encoded.tile_features.device, encoded.tile_features.dtype)
-        images = encoded.tile_features.split([layout.num_tiles for layout in layouts])
-        return [
-            layout.merge(tiles if layout.keeps_class_token else pool_tiles(tiles, scale, sampling), newline)
-            for tiles, layout, scale in zip(images, layouts, scales)
-        ]
+        features, counts = encoded.tile_features, [layout.num_tiles for layout in layouts]
+        if self.config.keeps_class_token:
+            images = features.split(counts)
+        elif len(set(scales)) == 1:  # with one kernel for all
+            images = pool_tiles(features, scales[0], sampling).split(counts)
+        else:
+            images = [pool_tiles(tiles, scale, sampling) for tiles, scale in zip(features.split(counts), scales)]
+        return [layout.merge(tiles, newline) for tiles, layout in zip(images, layouts)]

@@ -212,6 +212,17 @@ class M3LlavaGenerationMixin(GenerationMixin):
         images["pixel_values"] = pixels[kept] if isinstance(pixels, torch.Tensor) else [pixels[i] for i in kept]
         return kwargs | images
 
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict, model_input_name: str, generation_config: Any
+    ) -> dict[str, Any]:
+        # From 5.24 images, or None for them, are encoded before the prefill, of which they are a part where it is compiled.
+        compiled = self._prefill_graphs is not None and generation_config.prefill_chunk_size is None
+        if compiled or model_kwargs.get("pixel_values") is None:
+            return model_kwargs
+        return super()._maybe_prepare_encoder_kwargs_for_generation(
+            inputs_tensor, model_kwargs, model_input_name, generation_config
+        )
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
@@ -242,9 +253,11 @@ class M3LlavaGenerationMixin(GenerationMixin):
             return input_ids, model_kwargs
         image_inputs = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if name in model_kwargs}
         encoded = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
-        if image_inputs.get("pixel_values") is not None:
-            encoded = self.get_image_features(**image_inputs, return_dict=True)
         expanded = {}
+        if encoded is None and self._fitting_graph(input_ids, image_inputs | model_kwargs):
+            expanded = image_inputs  # the prefill runs once for each prompt
+        elif image_inputs.get("pixel_values") is not None:
+            encoded = self.get_image_features(**image_inputs, return_dict=True)
         if encoded is not None:
             embeds = model_kwargs.get("inputs_embeds")
             features = torch.cat(list(encoded.pooler_output))
@@ -295,6 +308,10 @@ class M3LlavaGenerationMixin(GenerationMixin):
                 f"prefill_chunk_size={generation_config.prefill_chunk_size}: this release of transformers cannot prefill a "
                 "prompt with images in chunks. Leave it out, or upgrade transformers."
             )
+        if self._prefill_graphs is not None and is_first_iteration and generation_config.prefill_chunk_size is None:
+            outputs = self._prefill_by_graph(input_ids, model_kwargs)
+            if outputs is not None:
+                return outputs
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=is_first_iteration)
 
 

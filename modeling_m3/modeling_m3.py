@@ -17,7 +17,7 @@ Shapes use: b prompts, s sequence length, i images, t tiles of one image, n toke
 model. What happens to the visual tokens after the projector is in `visual_tokens.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -33,6 +33,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
 
 from .automatic_budget_m3 import M3LlavaAutomaticBudgetMixin
+from .compiling_m3 import M3LlavaCompilingMixin
 from .configuration_m3 import M3LlavaConfig
 from .encoding_m3 import M3LlavaEncodingMixin
 from .generation_m3 import ONE_KIND_OF_IMAGES, M3LlavaGenerationMixin
@@ -47,10 +48,7 @@ from .outputs_m3 import (
     M3LlavaEncodedImages,
     M3LlavaModelOutputWithPast,
 )
-from .visual_tokens import (
-    as_lists,
-    laid_out,
-)
+from .visual_tokens import as_lists, joined, laid_out
 
 
 class M3LlavaUsedLayers(nn.ModuleList):
@@ -76,11 +74,14 @@ class M3LlavaMultiModalProjector(nn.Module):
             self.add_module(f"linear_{i}", nn.Linear(size_in, size_out, bias=config.multimodal_projector_bias))
             size_in = size_out
 
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, image_features: torch.Tensor, pool: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
         for i in range(1, self.depth + 1):
             image_features = self.act(image_features) if i > 1 else image_features
+            image_features = pool(image_features) if pool is not None and i == self.depth else image_features
             image_features = self.get_submodule(f"linear_{i}")(image_features)
-        return image_features
+        return image_features if pool is None or self.depth else pool(image_features)
 
 
 @auto_docstring
@@ -149,7 +150,10 @@ class M3LlavaModel(M3LlavaPreTrainedModel, M3LlavaEncodingMixin):
         """
         sizes, grids = as_lists(image_sizes, image_tile_grids)
         tiles, layouts = self.config.image_tiles(pixel_values, sizes, grids, image_grid_pinpoints)
-        return M3LlavaEncodedImages(**self._encode_tiles(torch.cat(tiles), **kwargs), layouts=layouts)
+        whole = pixel_values.flatten(0, -4) if isinstance(pixel_values, torch.Tensor) else None
+        held = sum(layout.num_tiles for layout in layouts)
+        tiles = whole if whole is not None and len(whole) == held else joined(tiles)  # which copies them
+        return M3LlavaEncodedImages(**self._encode_tiles(tiles, **kwargs), layouts=layouts)
 
     @can_return_tuple
     @auto_docstring(
@@ -275,7 +279,7 @@ class M3LlavaModel(M3LlavaPreTrainedModel, M3LlavaEncodingMixin):
             images = self._image_outputs(encoded_images, num_visual_tokens, visual_token_sampling)
         image_features = None
         if images is not None:
-            image_features = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            image_features = joined(images.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), image_features)
         elif input_ids is not None:
@@ -303,7 +307,7 @@ class M3LlavaModel(M3LlavaPreTrainedModel, M3LlavaEncodingMixin):
     M3 with a language modelling head: answers questions about images at any number of visual tokens.
     """
 )
-class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaGenerationMixin):
+class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaCompilingMixin, M3LlavaGenerationMixin):
     _auto_class = "AutoModelForImageTextToText"  # saving copies the code along
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}

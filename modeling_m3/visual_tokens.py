@@ -203,7 +203,8 @@ def check_num_visual_tokens(
                 f"{name}={num_visual_tokens!r}: {value!r} is not a number of visual tokens this checkpoint "
                 f"offers. Choose from {sorted(scales)}{', or auto' if may_be_auto else ''}."
             )
-    values = [AUTO_NUMBER if value == AUTO else value for value in values]
+    # The checkpoint's own numbers: a compiler may take the caller's for unknowns, but cannot these.
+    values = [AUTO_NUMBER if value == AUTO else next(scale for scale in scales if scale == value) for value in values]
     if not isinstance(num_visual_tokens, list):
         return values * num_images
     if len(values) != num_images:
@@ -326,6 +327,11 @@ def cat_tiles(tensors: Sequence[torch.Tensor], dim: int = 0, **kwargs: Any) -> t
     if dim == 0 and all(pixels.ndim == 5 for pixels in tensors) and len({pixels.shape[1] for pixels in tensors}) > 1:
         return pad_sequence([image for pixels in tensors for image in pixels], batch_first=True)
     return torch.cat(tensors, dim=dim, **kwargs)
+
+
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """As `torch.cat`, but one part is itself, of which nothing has to be copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def pool_tiles(features: torch.Tensor, scale: int, sampling: str = "average") -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What is not done over and over: waiting for the device, encoding pictures, tokenizing prompts."""
 
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import modeling_m3
 from benchmarks import peers
+from benchmarks.random_checkpoint import prompt
 from modeling_m3 import M3LlavaForConditionalGeneration
 from modeling_m3.outputs_m3 import CACHE_NAME
 
@@ -62,6 +64,59 @@ def test_placeholders_are_counted_once_and_only_in_the_prefill(kind):
     assert prefill.count("get_placeholder_mask") == 1
     assert all(len(part) <= len(other) for part, other in zip((prefill, *decoding), theirs))
     assert not any("get_placeholder_mask" in part for part in decoding)
+
+
+VIEWS = {
+    "view",
+    "_unsafe_view",
+    "t",
+    "transpose",
+    "expand",
+    "slice",
+    "select",
+    "unsqueeze",
+    "as_strided",
+    "alias",
+    "split",
+}
+VIEWS |= {"split_with_sizes", "detach"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that a device has to run: all but views."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        self.counts[name] += name not in VIEWS
+        return operation(*args, **(kwargs or {}))
+
+
+def launches(model, inputs):
+    with Launches() as noted, torch.no_grad():
+        model(**inputs, logits_to_keep=1)
+    return noted.counts.total()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_prefill_launches_no_more_than_that_of_transformers_own_class(kind, batch):
+    # At the vision tower's last layer, as otherwise theirs computes layers that it does not use.
+    config = peers.as_kind(tiny_config(), kind)
+    config.vision_feature_layer = -1
+    model = peers.build(config, torch.float32, "cpu")
+    inputs = peers.make_inputs(model, batch)
+    ours, theirs = launches(model, inputs), launches(peers.twin(model), inputs)
+    assert 100 < ours <= theirs
+
+
+def test_pooling_is_one_launch_for_all_pictures_at_one_budget():
+    model = peers.build(tiny_config(), torch.float32, "cpu")
+    two, eight = (launches(model, prompt(model, 9, text=4, images=images)) for images in (2, 8))
+    assert two == eight
 
 
 def test_a_decoding_step_needs_no_data():

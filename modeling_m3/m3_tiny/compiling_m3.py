@@ -1,0 +1,1 @@
+../compiling_m3.py

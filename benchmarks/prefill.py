@@ -68,7 +68,15 @@ def prefill(model: M3LlavaForConditionalGeneration, inputs: dict[str, torch.Tens
 
 
 def measure(
-    size: str, dtype: str, batch: int, text: int, repeats: int, device: str, compiled: bool = False
+    size: str,
+    dtype: str,
+    batch: int,
+    text: int,
+    repeats: int,
+    device: str,
+    compiled: bool = False,
+    scales: list[int] | None = None,
+    prefill_only: bool = False,
 ) -> dict[str, Any]:
     """One case: seconds of every scale's prefill and first token, in turn, and FLOPs.
 
@@ -80,6 +88,8 @@ def measure(
         repeats: measurements of each.
         device: to run on.
         compiled: whether by graphs too.
+        scales: numbers of visual tokens; all by default.
+        prefill_only: leaves first tokens out.
     """
     if size == M3_TINY:
         model = M3LlavaForConditionalGeneration.from_pretrained(default_checkpoint()).to(device, getattr(torch, dtype))
@@ -88,7 +98,7 @@ def measure(
     processor = AutoProcessor.from_pretrained(default_checkpoint(), backend="pil")
     model.config.image_token_id = processor.image_token_id
     picture = Image.effect_mandelbrot((640, 480), (-2, -1.5, 1, 1.5), 100).convert("RGB")
-    scales = sorted(model.config.visual_token_scales, reverse=True)
+    scales = sorted(scales or model.config.visual_token_scales, reverse=True)
     prompts = {scale: prompt(model, scale, text - 1, batch) for scale in scales}
 
     def first_token(scale: int) -> None:
@@ -100,22 +110,23 @@ def measure(
     runs: dict[str, Callable] = {
         f"prefill {scale}": lambda scale=scale: prefill(model, prompts[scale]) for scale in scales
     }
-    runs |= {f"first token {scale}": lambda scale=scale: first_token(scale) for scale in scales}
+    if not prefill_only:
+        runs |= {f"first token {scale}": lambda scale=scale: first_token(scale) for scale in scales}
     held, graphs = {}, None
     if compiled:
-        held["without graphs"] = _peak_memory(device, [runs[f"prefill {scales[0]}"], runs[f"first token {scales[0]}"]])
+        held["without graphs"] = _peak_memory(device, [runs[f"prefill {scales[0]}"]])
         start = time.perf_counter()
-        asked = processor(images=picture, text=TEXT, num_visual_tokens=scales[0])["input_ids"][0]
-        longest = max(text, sum(token != processor.image_token_id for token in asked))
-        model.compile_for(scales, max_text=longest, like=prompts[scales[0]])
+        model.compile_for(scales, max_text=text, like=prompts[scales[0]])
         held["seconds to compile"], graphs = time.perf_counter() - start, model._prefill_graphs
         runs = {name: _with_graphs(model, None, run) for name, run in runs.items()}
         for scale in scales:
             runs[f"compiled prefill {scale}"] = graph_prefill(model, prompts[scale])
-            runs[f"compiled first token {scale}"] = _with_graphs(model, graphs, lambda scale=scale: first_token(scale))
+            if not prefill_only:
+                by_first_token = _with_graphs(model, graphs, lambda scale=scale: first_token(scale))
+                runs[f"compiled first token {scale}"] = by_first_token
         by_graph = [run for name, run in runs.items() if name.startswith("compiled")]
         held["with graphs"] = _peak_memory(device, by_graph)
-    kinds = ("compiled_", "") if compiled else ("",)
+    names = [f"{kind}{name}" for kind in ("", "compiled ") for name in ("prefill", "first token")]
     seconds = in_turn(_beside_each_other(runs), repeats)
     return {
         "size": size,
@@ -128,9 +139,7 @@ def measure(
                 "visual_tokens": scale,
                 "flops": prefill_flops(model.config, prompts[scale])["total"],
                 **{
-                    f"{kind}{name}": seconds[f"{kind}{name} {scale}".replace("_", " ")]
-                    for kind in kinds
-                    for name in ("prefill", "first_token")
+                    name.replace(" ", "_"): seconds[f"{name} {scale}"] for name in names if f"{name} {scale}" in seconds
                 },
             }
             for scale in scales
@@ -187,7 +196,7 @@ def case_table(case: dict[str, Any]) -> str:
                 f"{part:.3f}",
                 f"{flops:.3f}",
             ]
-            + [f"{part / flops:.2f}", milliseconds(row["first_token"])]
+            + [f"{part / flops:.2f}", milliseconds(row["first_token"]) if "first_token" in row else ""]
             + _compiled_cells(row)
         )
     header = [
@@ -201,7 +210,9 @@ def case_table(case: dict[str, Any]) -> str:
     ]
     graphs = ""
     if "memory" in case:
-        header += ["compiled prefill, ms", "of without", "compiled first token, ms", "of without"]
+        header += ["compiled prefill, ms", "of without"]
+        if "compiled_first_token" in case["scales"][0]:
+            header += ["compiled first token, ms", "of without"]
         before, after = (case["memory"][f"{name} graphs"] / 1e9 for name in ("without", "with"))
         graphs = f" Most memory held {before:.2f} GB without graphs, {after:.2f} GB with."
     return (
@@ -248,6 +259,8 @@ def main(
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     device: Device = "cpu",
     compiled: Annotated[bool, typer.Option("--compile", help="By the graphs of compile_for too.")] = False,
+    scale: Annotated[list[int] | None, typer.Option(help="Numbers of visual tokens; all if left out.")] = None,
+    prefill_only: Annotated[bool, typer.Option("--prefill-only", help="Leave first tokens out.")] = False,
     output: Annotated[Path | None, typer.Option(help="A JSON file for all that was measured.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="A PNG file.")] = None,
 ) -> None:
@@ -258,7 +271,7 @@ def main(
     cases = []
     for name in dtype:
         for prompts in batch:
-            cases.append(measure(size.value, name, prompts, text, repeats, device, compiled))
+            cases.append(measure(size.value, name, prompts, text, repeats, device, compiled, scale, prefill_only))
             print(case_table(cases[-1]), end="\n\n", flush=True)
             save({"cases": cases}, output)
     if plot_file is not None:

@@ -78,9 +78,9 @@ class M3LlavaCompilingMixin:
         Compiles the prefill at these numbers of visual tokens, each as one graph; `generate` uses the graphs from then on.
 
         With CUDA graphs (`mode="reduce-overhead"`) a prefill no longer waits for Python and for launches, which is most of its
-        time for one prompt of few tokens. Calls of another kind than was compiled for, longer texts, beams and turns that go
-        on from a cache run as before; nothing is ever compiled in the middle of `generate`. What is compiled is kept in torch's
-        cache on disk (`TORCHINDUCTOR_CACHE_DIR`), so that the next start is quick. Calling it again replaces the graphs.
+        time for one prompt of few tokens. Calls of another kind than was compiled for, longer texts and turns that go on from
+        a cache run as before; nothing is ever compiled in the middle of `generate`. What is compiled is kept in torch's cache
+        on disk (`TORCHINDUCTOR_CACHE_DIR`), so that the next start is quicker. Calling it again replaces the graphs.
 
         Args:
             scales: numbers of visual tokens of each picture (for several pictures that differ: a list of one number for each);
@@ -98,8 +98,9 @@ class M3LlavaCompilingMixin:
             The model itself.
 
         Raises:
-            ValueError: for numbers that the checkpoint does not offer, a model in parts on several devices or quantised in a way
-                that cannot be compiled, and with torch's reason where tracing fails. The model is then as it was.
+            ValueError: for numbers that the checkpoint does not offer, a model in training mode, in parts on several devices or
+                quantised in a way that cannot be compiled, and with torch's reason where tracing fails. The model is then as it
+                was.
         """
         if type(max_text) is not int or max_text < 1:
             raise ValueError(f"max_text={max_text!r} must be a whole number from 1.")
@@ -321,6 +322,8 @@ def _graph(model: Any, pictures: Pictures, *inputs: torch.Tensor) -> tuple[torch
 
 def _check_can_be_compiled(model: Any) -> None:
     """Raises `ValueError` for a model of which it is not known that one graph can hold it."""
+    if model.training:
+        raise ValueError("The model is in training mode, where nothing is generated: call model.eval() first.")
     devices = {str(parameter.device) for parameter in model.parameters()}
     offloaded = {"cpu", "disk"} & {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
     if len(devices) > 1 or "meta" in devices or (offloaded and devices != {"cpu"}):

@@ -292,6 +292,8 @@ def test_models_that_no_graph_can_hold_are_refused_and_left_as_they_were(traced)
     hook.remove()
     answer(model, inputs)
     assert backend.calls == 1
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
+        model.train().compile_for(9)
     with torch.device("meta"):
         empty = tiny_model()
     with pytest.raises(ValueError, match=r"in parts \(meta\).*load it whole"):

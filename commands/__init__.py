@@ -40,6 +40,10 @@ def evaluate() -> int | None:
     return _run("m3-eval", "m3_evaluation.eval_command")
 
 
+def export() -> int | None:
+    return _run("m3-export", "m3_conversion.export_command", "export", ("onnx", "onnxscript", "onnxruntime"))
+
+
 def serve() -> int | None:
     return _run("m3-serve", "m3_serving.serve_command", "serve", ("prometheus_client",))
 

@@ -78,6 +78,8 @@ def app_of(program: str):
         from m3_evaluation.eval_command import app
     elif program == "m3-analyze":
         from m3_evaluation.analyze_command import app
+    elif program == "m3-export":
+        from m3_conversion.export_command import app
     elif program == "m3-batch":
         from m3_serving.batch_command import app
     else:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 # `openai/clip-vit-large-patch14-336`, the tower of every released LLaVA-1.5, LLaVA-NeXT and M3 checkpoint.
 BUILT_IN_NAME = "clip-vit-large-patch14-336"
 BUILT_IN_CONFIG = {
+    "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "projection_dim": 768,
@@ -51,12 +53,16 @@ _PREPROCESSING_KEYS = {*BUILT_IN_PREPROCESSING, "do_rescale", "rescale_factor", 
 
 @dataclass(frozen=True)
 class VisionTower:
-    """What to build tower and image processor from. `tensors` is None where the checkpoint's own weights count."""
+    """What to build tower and image processor from. `tensors` is None where the checkpoint's own weights count.
+
+    `num_missing_layers` are the last ones that a checkpoint's own weights leave out, as LLaVA's code for SigLIP does.
+    """
 
     config: dict[str, Any]
     preprocessing: dict[str, Any]
     tensors: dict[str, StoredTensor] | None
     folder: Path | None
+    num_missing_layers: int = 0
 
 
 def find_vision_tower(
@@ -108,8 +114,15 @@ def find_vision_tower(
         except ConversionError as error:
             raise ConversionError(f"vision tower {error}; name another with --vision-tower") from error
     described = tower_config(tower)
-    tensors = None if inside else tower_tensors(tower)
-    return VisionTower(described, tower_preprocessing(tower, described), tensors, tower)
+    preprocessing = tower_preprocessing(tower, described)
+    if not inside:
+        return VisionTower(described, preprocessing, tower_tensors(tower), tower)
+    layer = re.compile(re.escape(f"{CHECKPOINT_VISION_PREFIX}encoder.layers.") + r"(\d+)\.")
+    num_held = 1 + max((int(match[1]) for match in map(layer.match, checkpoint) if match), default=-1)
+    missing = AutoConfig.for_model(**described).num_hidden_layers - num_held
+    if missing <= 0:  # what is too much has no place, which the plan says
+        return VisionTower(described, preprocessing, None, tower)
+    return VisionTower({**described, "num_hidden_layers": num_held}, preprocessing, None, tower, missing)
 
 
 def tower_config(tower: Path) -> dict[str, Any]:

@@ -130,9 +130,7 @@ def convert(
         license=license,
     )
 
-    files = write_checkpoint(
-        destination, checkpoint, tensors, card, max_shard_size=max_shard_size, overwrite=overwrite
-    )
+    files = write_checkpoint(destination, checkpoint, tensors, card, max_shard_size=max_shard_size, overwrite=overwrite)
     nbytes = sum(tensor.nbytes for tensor in tensors)
     return Conversion(destination, len(tensors), num_dropped, nbytes, len(files), time.monotonic() - start)
 

@@ -78,7 +78,7 @@ def create(
     check_destination(destination, overwrite)
     tower = read_tower(vision_tower)
     language = read_language_model(language_model)
-    check_apart(destination, tower.folder, language.folder)
+    check_apart(destination, tower.folder, language.folder if language.gguf_file is None else language.file)
     tokenizer, template, own = build_language_processing(language, chat_template)
     image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
     layer = tower.layer if vision_feature_layer is None else vision_feature_layer
@@ -111,10 +111,17 @@ def create(
     )
     planned, num_dropped = plan(source, dtype, language.file)
     config.architectures = [M3LlavaForConditionalGeneration.__name__]
-    config.dtype = dtype
+    for part in (config, config.vision_config, config.text_config):
+        part.dtype = dtype
     parts = (_shown(vision_tower), _shown(language_model))
     card = model_card(
-        destination.name, parts[1], config, trained_for_scales=False, source=language.folder, license=license, parts=parts
+        destination.name,
+        parts[1],
+        config,
+        trained_for_scales=False,
+        source=language.folder,
+        license=license,
+        parts=parts,
     )
 
     def check(folder: Path) -> None:

@@ -47,7 +47,9 @@ def create(
     anyres: Annotated[bool, typer.Option("--anyres", help="Cut pictures into tiles, as LLaVA-NeXT does.")] = False,
     vision_feature_layer: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Whose output of the tower is taken; -2 by default, or as in the M3 it comes from."),
+        typer.Option(
+            metavar="N", help="Whose output of the tower is taken; -2 by default, or as in the M3 it comes from."
+        ),
     ] = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,

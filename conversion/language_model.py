@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, processors
 from torch import nn
 from transformers import (
@@ -121,15 +122,15 @@ def language_tensors(model: LanguageModel, reference: PreTrainedModel) -> dict[s
     """The weights by their names in an M3: to be read from the files where those have transformers' own names, else, as a GGUF
     file's, from the model in memory."""
     held = reference.state_dict()
-    tied = {key for key, name in model.names.items() if name == VOCABULARY_NAMES[1]} if _is_tied(model.config) else set()
+    tied = (
+        {key for key, name in model.names.items() if name == VOCABULARY_NAMES[1]} if _is_tied(model.config) else set()
+    )
     if model.gguf_file is None:
         stored = stored_tensors(model.folder)
         is_whole = model.names.keys() - tied <= stored.keys() <= model.names.keys()
         if is_whole and all(tensor.shape == tuple(held[key].shape) for key, tensor in stored.items()):
             return {model.names[key]: tensor for key, tensor in stored.items() if key not in tied}
-    return {
-        name: HeldTensor.of(key, model.file, held[key]) for key, name in model.names.items() if key not in tied
-    }
+    return {name: HeldTensor.of(key, model.file, held[key]) for key, name in model.names.items() if key not in tied}
 
 
 def build_language_processing(
@@ -162,7 +163,9 @@ def build_language_processing(
             logger.info("%s has no chat template: vicuna_v1 is taken (--chat-template names another)", model.file)
         return tokenizer, chat_template_for(tokenizer, chat_template or "vicuna_v1"), own
     begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] and tokenizer.bos_token is not None
-    if begins and not _render(own, _PROBES[0]).startswith(tokenizer.bos_token):
+    with naming(model.file):
+        rendered = _render(own, _PROBES[0])
+    if begins and not rendered.startswith(tokenizer.bos_token):
         logger.info("%s: its chats do not begin with %s, so prompts do not", model.file, tokenizer.bos_token)
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1")
     return tokenizer, with_image_marks(template), own
@@ -175,7 +178,7 @@ def check_chats(model: LanguageModel, processor: Any, own: PreTrainedTokenizerBa
     for chat in _PROBES:
         try:
             expected = _render(own, chat)
-        except Exception:  # noqa: S112 - a template may refuse a kind of chat, as it likes to say so
+        except TemplateError:  # it refuses this kind of chat, as one with a system message
             continue
         ids = own(expected, add_special_tokens=False)["input_ids"]
         rendered = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -225,7 +228,9 @@ def check_same(model: LanguageModel, expected: torch.Tensor, found: torch.Tensor
 
 def probe_ids(tokenizer: PreTrainedTokenizerBase) -> torch.LongTensor:
     """A prompt of text, (1, s)."""
-    ids = tokenizer("The quick brown fox jumps over the lazy dog. 2 + 2 = 4, and Paris is the capital of France.")["input_ids"]
+    ids = tokenizer("The quick brown fox jumps over the lazy dog. 2 + 2 = 4, and Paris is the capital of France.")[
+        "input_ids"
+    ]
     return torch.tensor([ids])
 
 
@@ -252,11 +257,17 @@ def _check_kind(config: dict[str, Any], file: Path) -> None:
     """Raises `ConversionError` for what is not a language model alone, before anything of it is built."""
     kind = config.get("model_type")
     if config.get("quantization_config"):
-        raise ConversionError(f"{file}: its weights are quantized: start from the full-precision model, or from a GGUF file")
+        raise ConversionError(
+            f"{file}: its weights are quantized: start from the full-precision model, or from a GGUF file"
+        )
     if config.get("is_encoder_decoder"):
-        raise ConversionError(f"{file}: model_type {kind!r} is an encoder-decoder: M3 needs a language model that is a decoder alone")
+        raise ConversionError(
+            f"{file}: model_type {kind!r} is an encoder-decoder: M3 needs a language model that is a decoder alone"
+        )
     if kind in ("m3_llava", "llava", "llava_next"):
-        raise ConversionError(f"{file}: model_type {kind!r} is not a language model alone: name the one that it was made of")
+        raise ConversionError(
+            f"{file}: model_type {kind!r} is not a language model alone: name the one that it was made of"
+        )
     if "vision_config" in config or "num_channels" in config or str(kind).endswith("vision_model"):
         raise ConversionError(
             f"{file}: model_type {kind!r} has to do with pictures, and is not a language model alone: were the two folders swapped?"
@@ -267,7 +278,9 @@ def _names(config: PreTrainedConfig, file: Path) -> dict[str, str]:
     """The names in an M3 by those of transformers' own class; its structure is checked on the way."""
 
     def refuse(reason: str) -> ConversionError:
-        return ConversionError(f"{file}: model_type {config.model_type!r} is not supported as a language model: {reason}")
+        return ConversionError(
+            f"{file}: model_type {config.model_type!r} is not supported as a language model: {reason}"
+        )
 
     if config.is_encoder_decoder:
         raise refuse("it is an encoder-decoder, and M3 needs a decoder alone")

@@ -199,7 +199,9 @@ def read_tower(name: str | Path) -> SomeTower:
     settings = {"crop_size": {"height": side, "width": side}, **preprocessing_arguments(read_preprocessing(folder))}
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
-        raise ConversionError(f"{folder / 'config.json'}: vision_feature_layer is {layer!r}: only one layer is supported")
+        raise ConversionError(
+            f"{folder / 'config.json'}: vision_feature_layer is {layer!r}: only one layer is supported"
+        )
     table = {name: name for name in tensors}
     return SomeTower(described, settings, tensors, table, folder, layer)
 

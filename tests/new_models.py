@@ -47,10 +47,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": {"tower": "clip", "bos": True, "template": NO_SYSTEM, "head_dim": 16},
     "gemma2": {
         **{"tower": "siglip", "bos": True, "template": NO_SYSTEM, "head_dim": 16, "sliding_window": 8},
-        **{"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
+        **{"final_logit_softcapping": 10.0, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
     },
     "gemma3_text": {
-        **{"tower": "clip", "bos": True, "template": NO_SYSTEM, "head_dim": 16, "sliding_window": 8, "num_hidden_layers": 4},
+        **{
+            "tower": "clip",
+            "bos": True,
+            "template": NO_SYSTEM,
+            "head_dim": 16,
+            "sliding_window": 8,
+            "num_hidden_layers": 4,
+        },
         **{"layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 16},
     },
     "phi3": {"tower": "siglip", "bos": False, "template": TURNS, "tie_word_embeddings": False, "sliding_window": 8},
@@ -88,8 +95,19 @@ def make_language_model(folder: Path, family: str, **changes: Any) -> Path:
     config = AutoConfig.for_model(
         **{
             **{"model_type": family, "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96},
-            **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512},
-            **{"initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 4, "tie_word_embeddings": True},
+            **{
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 512,
+            },
+            **{
+                "initializer_range": 0.2,
+                "pad_token_id": 0,
+                "bos_token_id": 1,
+                "eos_token_id": 4,
+                "tie_word_embeddings": True,
+            },
             **{key: value for key, value in settings.items() if key not in ("tower", "bos", "template", "dtype")},
         }
     )
@@ -105,7 +123,14 @@ def make_language_model(folder: Path, family: str, **changes: Any) -> Path:
 
 def make_tower(folder: Path, kind: str, **changes: Any) -> Path:
     """A folder of a CLIP or a SigLIP vision model, with its image processor: a 9x9 grid of patches of 4 pixels."""
-    sizes = {"image_size": 36, "patch_size": 4, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, **changes}
+    sizes = {
+        "image_size": 36,
+        "patch_size": 4,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 2,
+        **changes,
+    }
     torch.manual_seed(1)
     size = {"height": 36, "width": 36}
     if kind == "siglip":

@@ -31,7 +31,7 @@ def siglip_model(**overrides):
     """A tiny M3 with a SigLIP tower, and transformers' own class with the same weights."""
     torch.manual_seed(0)
     model = M3LlavaForConditionalGeneration(tiny_config(vision_config=SIGLIP, **overrides)).eval()
-    for name, parameter in model.model.vision_tower.named_parameters():
+    for parameter in model.model.vision_tower.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     tower = SiglipVisionModel(model.config.vision_config).eval()
     tower.load_state_dict(model.model.vision_tower.state_dict())
@@ -72,7 +72,10 @@ def test_the_grid_of_384_pixels_has_four_scales():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"vision_config": {"model_type": "siglip2_vision_model"}}, "model_type 'siglip2_vision_model' is not supported"),
+        (
+            {"vision_config": {"model_type": "siglip2_vision_model"}},
+            "model_type 'siglip2_vision_model' is not supported",
+        ),
         ({"vision_config": {"model_type": "dinov2"}}, "model_type 'dinov2' is not supported"),
         ({"vision_config": SIGLIP, "vision_feature_select_strategy": "full"}, "which a siglip_vision_model has not"),
         ({"vision_config": {**SIGLIP, "image_size": [384, 512]}}, r"image_size=\[384, 512\].*must be one number"),
@@ -88,7 +91,12 @@ def transformers_llava(folder, layer, **settings):
     known.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tower = SiglipVisionModel.from_pretrained(make_tower(folder / "tower", "siglip")).config
     text = LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.2,
     )
     torch.manual_seed(0)
     config = LlavaConfig(
@@ -116,7 +124,9 @@ def transformers_llava(folder, layer, **settings):
 def test_transformers_llava_with_siglip_answers_the_same(layer, tmp_path):
     folder = transformers_llava(tmp_path, layer)
     convert(folder, tmp_path / "new")
-    assert_same_answers(folder, tmp_path / "new", picture("photo_400x266.png").convert("RGB"), num_additional_image_tokens=0)
+    assert_same_answers(
+        folder, tmp_path / "new", picture("photo_400x266.png").convert("RGB"), num_additional_image_tokens=0
+    )
 
 
 @torch.no_grad()
@@ -127,7 +137,11 @@ def test_an_original_llava_with_siglip(inside, tmp_path):
     tower = SiglipVisionModel.from_pretrained(make_tower(tmp_path / "siglip", "siglip")).eval()
     changes = {key: None for key in read_weights(folder) if key.startswith(VISION)}
     if inside:
-        held = {key: value for key, value in tower.state_dict().items() if not key.startswith(("head.", "encoder.layers.2."))}
+        held = {
+            key: value
+            for key, value in tower.state_dict().items()
+            if not key.startswith(("head.", "encoder.layers.2."))
+        }
         changes |= {VISION + key: value for key, value in held.items()}
     change_weights(folder, changes)
     edit_json(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import GOLDENS
 from conversion_checkpoints import edit_json
 from new_models import FAMILIES, TURNS, VOCABULARY, make_language_model, make_tower, tokenizer
 from PIL import Image
@@ -36,6 +37,7 @@ from transformers import (
 
 from m3_conversion.create_command import main
 from modeling_m3 import default_checkpoint
+from modeling_m3.__main__ import app as ask
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -87,6 +89,23 @@ def test_options(parts, tmp_path):
         "made of the vision tower of `siglip` and the\nlanguage model `qwen2`" in card
         and "projector between them is random" in card
     )
+
+
+def test_it_can_be_asked_and_says_that_it_has_learned_nothing(parts, tmp_path, capsys):
+    assert run(parts / "siglip", parts / "qwen2", tmp_path / "new") == 0
+    question = [
+        str(GOLDENS / "images" / "photo_400x266.png"),
+        "What?",
+        "--model",
+        str(tmp_path / "new"),
+        "--max-new-tokens",
+        "2",
+    ]
+    for quiet in ([], ["--quiet"]):
+        capsys.readouterr()
+        ask([*question, *quiet], standalone_mode=False)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("m3-ask: ")]
+        assert said == [] if quiet else "has learned nothing about pictures yet" in said[-1]
 
 
 def test_the_same_seed_draws_the_same_projector(parts, tmp_path):

@@ -36,6 +36,10 @@ def convert() -> int | None:
     return _run("m3-convert", "m3_conversion.__main__")
 
 
+def create() -> int | None:
+    return _run("m3-create", "m3_conversion.create_command")
+
+
 def evaluate() -> int | None:
     return _run("m3-eval", "m3_evaluation.eval_command")
 

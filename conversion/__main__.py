@@ -105,7 +105,7 @@ def convert(
     from . import convert as conversion
     from .hub import check_repository, push
 
-    _show_notices()
+    _show_notices("m3-convert")
     written = None
     try:
         with handling_signals(_stop):
@@ -140,9 +140,9 @@ def convert(
         raise typer.Exit(1) from error
 
 
-def _show_notices() -> None:
+def _show_notices(command: str) -> None:
     notices = logging.StreamHandler()
-    notices.setFormatter(logging.Formatter("m3-convert: %(message)s"))
+    notices.setFormatter(logging.Formatter(f"{command}: %(message)s"))
     logger = logging.getLogger(__package__)
     logger.handlers, logger.propagate = [notices], False
     logger.setLevel(logging.INFO)

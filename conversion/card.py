@@ -30,6 +30,7 @@ def model_card(
     source: Path,
     license: str | None = None,
     training: str | None = None,
+    parts: tuple[str, str] | None = None,
 ) -> str:
     """The text of `README.md`.
 
@@ -45,11 +46,13 @@ def model_card(
         license: Hub identifier of the license, in place of the source's.
         training: for a checkpoint that was trained from `model_id`, not converted: how, in Markdown. What is published of
             the original is then left out.
+        parts: of a new M3, the vision tower and the language model that it was made of, as Hub ids or names; `model_id` is
+            then the latter.
 
     Raises:
         ConversionError: the source's card cannot be read.
     """
-    known = None if training else _known_card(Path(model_id).name)
+    known = None if training or parts else _known_card(Path(model_id).name)
     about = known.data if known else ModelCardData()
     results = about.eval_results or []
     base_model = about.base_model or (model_id if _HUB_ID.fullmatch(model_id) and not Path(model_id).is_dir() else None)
@@ -64,6 +67,8 @@ def model_card(
         model_name=name if results else None,
         eval_results=results or None,
     )
+    if parts is not None:
+        data.base_model = [part for part in parts if _HUB_ID.fullmatch(part)] or None
     scales = config.visual_token_scales
     card = ModelCard.from_template(
         data,
@@ -72,7 +77,8 @@ def model_card(
         checkpoint=hub_id or name,
         hub_id=hub_id,
         about=known.text.strip() if known else None,
-        model_id=base_model,
+        model_id=None if parts else base_model,
+        parts=parts,
         training=training,
         trained_for_scales=trained_for_scales,
         tiled=config.image_grid_pinpoints is not None,

@@ -155,7 +155,43 @@ CHAT_TEMPLATES: dict[str, str] = {
 """The templates of the original's vicuna_v1, llava_llama_2, mistral_instruct and chatml_direct, by our names."""
 
 
+# Put before the template of a language model that knows only texts: messages of parts become messages of text, images first,
+# as in the templates above. It ends where a line ends, so that the template begins on a line of its own.
+_PARTS_AS_TEXT = r"""
+{%- set m3 = namespace(messages=[], text='') -%}
+{%- for message in messages -%}
+    {%- if message['content'] is not defined or message['content'] is none or message['content'] is string -%}
+        {%- set m3.messages = m3.messages + [message] -%}
+    {%- else -%}
+        {%- set m3.text = '' -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] == 'image' -%}
+                {%- set m3.text = m3.text + '<image>\n' -%}
+            {%- elif part['type'] != 'text' -%}
+                {{- raise_exception('Parts of a message are images and texts, not ' + part['type']) -}}
+            {%- endif -%}
+        {%- endfor -%}
+        {%- for part in message['content'] if part['type'] == 'text' -%}
+            {%- set m3.text = m3.text + part['text'] -%}
+        {%- endfor -%}
+        {%- set m3.messages = m3.messages + [dict(message, content=m3.text)] -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- set messages = m3.messages %}
+""".lstrip("\n")
+
+
+def with_image_marks(template: str) -> str:
+    """A language model's own chat template, which then takes messages with images, too.
+
+    Messages that are texts are left to it as they are.
+    """
+    return _PARTS_AS_TEXT + template
+
+
 def chat_template_for(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
-    """One of `CHAT_TEMPLATES`, without the token that begins prompts where the tokenizer adds none."""
+    """One of `CHAT_TEMPLATES`, without the token that begins prompts where the tokenizer adds none, and with its own last one."""
     template = CHAT_TEMPLATES[name]
+    if tokenizer.eos_token:
+        template = template.replace("</s>", tokenizer.eos_token)
     return template if tokenizer("")["input_ids"] else template.removeprefix(BEGINNING)

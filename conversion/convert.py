@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +111,7 @@ def convert(
             vision_tower=vision_tower,
             chat_template=chat_template,
         )
-    _check_apart(destination, *checkpoint.folders)
+    check_apart(destination, *checkpoint.folders)
     tensors, num_dropped = plan(checkpoint, dtype, config_file)
     config = checkpoint.config
     config.architectures = [M3LlavaForConditionalGeneration.__name__]
@@ -130,6 +130,33 @@ def convert(
         license=license,
     )
 
+    files = write_checkpoint(destination, checkpoint, tensors, card, max_shard_size=max_shard_size, overwrite=overwrite)
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    return Conversion(destination, len(tensors), num_dropped, nbytes, len(files), time.monotonic() - start)
+
+
+def write_checkpoint(
+    destination: Path,
+    source: Source,
+    tensors: list[PlannedTensor],
+    card: str,
+    *,
+    max_shard_size: int | str,
+    overwrite: bool,
+    check: Callable[[Path], None] | None = None,
+) -> list[str]:
+    """Writes the folder of a source, which appears only when it is whole. Returns the names of the weight files.
+
+    Args:
+        destination, max_shard_size, overwrite: as of `convert`.
+        source: with the configurations and the processor.
+        tensors: as planned.
+        card: the text of `README.md`.
+        check: called with the whole folder, under another name, before it appears; whatever it raises leaves nothing behind.
+
+    Raises:
+        ConversionError: the disk is full or cannot be written to.
+    """
     nbytes = sum(tensor.nbytes for tensor in tensors)
     with new_folder(destination, overwrite=overwrite) as partial:
         free = shutil.disk_usage(partial).free
@@ -140,8 +167,10 @@ def convert(
         with tqdm(total=nbytes, unit="B", unit_scale=True, desc="weights", disable=None) as bar:
             files = write_weights(partial, tensors, max_shard_size, bar.update)
         with naming(partial):
-            write_other_files(partial, config, checkpoint.processor, checkpoint.generation_config, card)
-    return Conversion(destination, len(tensors), num_dropped, nbytes, len(files), time.monotonic() - start)
+            write_other_files(partial, source.config, source.processor, source.generation_config, card)
+        if check is not None:
+            check(partial)
+    return files
 
 
 def plan(source: Source, dtype: torch.dtype | None, config_file: Path) -> tuple[list[PlannedTensor], int]:
@@ -203,7 +232,7 @@ def _remapped(tensors: dict[str, StoredTensor], table: dict[str, str | None]) ->
         yield name, tensor
 
 
-def _check_apart(destination: Path, *sources: Path | None) -> None:
+def check_apart(destination: Path, *sources: Path | None) -> None:
     """Neither may the new folder be part of what is read, nor may replacing it remove what is read."""
     for source in (path.resolve() for path in sources if path is not None):
         if destination.is_relative_to(source) or source.is_relative_to(destination):

@@ -128,7 +128,7 @@ class _Vision(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         # Not by `encode_images`, which counts the tiles to take many in parts: a graph has no such choice.
         features = self.vision_tower(pixel_values).last_hidden_state
-        tiles = self.projector(features if self.config.keeps_class_token else features[:, 1:])
+        tiles = self.projector(features[:, self.config.num_leading_tokens :])
         if self.config.keeps_class_token:
             return (tiles,)
         sampling = self.config.visual_token_sampling

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modeling_m3 import M3LlavaConfig
+from modeling_m3.parts_m3 import LEADING_TOKENS
 from modeling_m3.visual_tokens import check_pinpoints
 
 from .chat_templates import chat_template_for, choose_chat_template
@@ -13,7 +14,7 @@ from .lora import merge_adapter
 from .mapping import TRANSFORMERS_KEYS, VOCABULARY_NAMES, remap_key
 from .original import ConversionError, StoredTensor, check_content, read_json, stored_tensors, unwrapped
 from .source import Source, build_processor, generation_config, naming
-from .vision import preprocessing_arguments
+from .vision import preprocessing_arguments, read_preprocessing
 
 
 Tiling = Literal["original", "transformers"]
@@ -49,6 +50,9 @@ def read_transformers(
     with naming(config_file):
         theirs = AutoConfig.from_pretrained(folder)
     prefixes = ("language_model.model.", "model.language_model.")
+    strategy = theirs.vision_feature_select_strategy
+    if theirs.vision_config.model_type == "siglip_vision_model":
+        strategy = _without_class_token(strategy, config_file)
     tensors = unwrapped(stored_tensors(folder), "embed_tokens.weight", folder, prefixes)
     table: dict[str, str | None] = TRANSFORMERS_KEYS
     if adapter is not None:
@@ -61,7 +65,7 @@ def read_transformers(
             text_config=theirs.text_config.to_dict(),
             image_token_id=theirs.image_token_id,
             vision_feature_layer=theirs.vision_feature_layer,
-            vision_feature_select_strategy=theirs.vision_feature_select_strategy,
+            vision_feature_select_strategy=strategy,
             projector_hidden_act=theirs.projector_hidden_act,
             multimodal_projector_bias=getattr(theirs, "multimodal_projector_bias", True),
             image_grid_pinpoints=pinpoints,
@@ -96,7 +100,7 @@ def _check_kind(config: dict[str, Any], file: Path) -> None:
     if quantized:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise ConversionError(f"{file}: its weights are quantized ({method}): start from the full-precision checkpoint")
-    for part, supported in (("text_config", LANGUAGE_MODELS), ("vision_config", ("clip_vision_model",))):
+    for part, supported in (("text_config", LANGUAGE_MODELS), ("vision_config", tuple(LEADING_TOKENS))):
         described = config.get(part)
         kind = described.get("model_type", supported[0]) if isinstance(described, dict) else supported[0]
         if kind not in supported:
@@ -110,6 +114,19 @@ def _check_kind(config: dict[str, Any], file: Path) -> None:
         raise ConversionError(
             f"{file}: use_image_newline_parameter is false: rows of tiles without a newline are not supported"
         )
+
+
+def _without_class_token(strategy: str, file: Path) -> str:
+    """Ours for a tower whose tokens are all of patches, of which transformers' "full" keeps every one.
+
+    Its "default" drops the first all the same, as if it were a class token.
+    """
+    if strategy != "full":
+        raise ConversionError(
+            f"{file}: vision_feature_select_strategy is {strategy!r}, which drops SigLIP's first patch: what is left is no square "
+            "grid, and only 'full' is supported with this tower"
+        )
+    return "default"
 
 
 def _name(key: str) -> str | None:
@@ -138,11 +155,7 @@ def _pinpoints(config: PreTrainedConfig, tiling: Tiling) -> list[list[int]] | No
 
 
 def _preprocessing(folder: Path, config: M3LlavaConfig) -> dict[str, Any]:
-    """The image processor's settings, from where releases before and after 5 keep them."""
-    file = folder / "preprocessor_config.json"
-    settings = (
-        read_json(file) if file.is_file() else read_json(folder / "processor_config.json").get("image_processor", {})
-    )
+    settings = read_preprocessing(folder)
     found = preprocessing_arguments(settings)
     if (
         settings.get("do_pad")

@@ -7,10 +7,11 @@ from typing import Any
 from .original import ConversionError
 
 
-# CLIP's vision encoder, as a name within it. Checkpoints and CLIP folders hold it under different prefixes.
+# The vision encoder of CLIP or SigLIP, as a name within it. Checkpoints and their own folders hold it under different prefixes.
 _VISION_KEYS = {
     "embeddings.class_embedding": "model.vision_tower.embeddings.class_embedding",
     "embeddings.patch_embedding.weight": "model.vision_tower.embeddings.patch_embedding.weight",
+    "embeddings.patch_embedding.bias": "model.vision_tower.embeddings.patch_embedding.bias",  # SigLIP's
     "embeddings.position_embedding.weight": "model.vision_tower.embeddings.position_embedding.weight",
     "pre_layrnorm.weight": "model.vision_tower.pre_layrnorm.weight",
     "pre_layrnorm.bias": "model.vision_tower.pre_layrnorm.bias",
@@ -33,6 +34,7 @@ _VISION_KEYS = {
     "post_layernorm.weight": "model.vision_tower.post_layernorm.weight",
     "post_layernorm.bias": "model.vision_tower.post_layernorm.bias",
     "embeddings.position_ids": None,  # 0, 1, 2, ...: the model makes it itself
+    "head.{rest}": None,  # SigLIP's, which pools a picture to one vector
 }
 CHECKPOINT_VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
 
@@ -101,14 +103,16 @@ TRANSFORMERS_KEYS: dict[str, str | None] = {
 # Names of the parameters with a row for every token.
 VOCABULARY_NAMES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 EMBEDDING_KEY = "model.embed_tokens.weight"  # which every language model has
+PATCH_EMBEDDING_KEY = "embeddings.patch_embedding.weight"  # which every vision tower has
 
-# A CLIP folder's keys, for a checkpoint whose own vision weights do not count.
+# The keys of a CLIP or SigLIP folder, for a checkpoint whose own vision weights do not count.
 CLIP_KEYS: dict[str, str | None] = {
     **{"vision_model." + key: name for key, name in _VISION_KEYS.items()},
-    **_VISION_KEYS,  # a CLIPVisionModel saved by transformers 5
+    **_VISION_KEYS,  # a vision model saved by transformers 5
     "visual_projection.weight": None,  # into the space shared with text, which LLaVA does not use
     "text_projection.weight": None,
     "logit_scale": None,
+    "logit_bias": None,
     "text_model.{rest}": None,
 }
 
@@ -169,6 +173,8 @@ def remap_key(key: str, table: dict[str, str | None]) -> str | None:
     Raises:
         KeyError: the table has no row for it.
     """
+    if key in table:  # tables of a whole model's names have no other rows, and many of them
+        return table[key]
     for template, name in table.items():
         match = re.fullmatch(_pattern(template), key)
         if match and name is None:

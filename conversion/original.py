@@ -113,6 +113,24 @@ class StoredTensor:
         return ConversionError(f"{self.file} ends inside {self.key}: download or copy it again")
 
 
+@dataclass(frozen=True)
+class HeldTensor(StoredTensor):
+    """A tensor that is in memory, as if it were stored in a file."""
+
+    tensor: torch.Tensor
+
+    @classmethod
+    def of(cls, key: str, file: Path, tensor: torch.Tensor) -> "HeldTensor":
+        """A tensor by its key in `file`, by which errors name it."""
+        return cls(key, file, tuple(tensor.shape), tensor.dtype, 0, WholeFile(), tensor.detach())
+
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """As of a stored one."""
+        width = math.prod(self.shape[1:])
+        step = width * max(1, CHUNK_BYTES // (width * self.dtype.itemsize))
+        yield from self.tensor.contiguous().flatten().split(step)
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a repository of the Hub may be called so: of a model of today's kind, which has an owner."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
@@ -133,7 +151,7 @@ def local_folder(name: str | Path, *, weights: bool = True, revision: str | None
 
         raise ConversionError(no_such_folder(str(name)))
     try:
-        small = ["*.json", "*.model", "README.md", *_SMALL_WEIGHTS]
+        small = ["*.json", "*.model", "*.jinja", "merges.txt", "README.md", *_SMALL_WEIGHTS]
         folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=small))
         for pattern in _LARGE_WEIGHTS if weights else ():
             snapshot_download(str(name), revision=revision, allow_patterns=[pattern])

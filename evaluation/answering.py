@@ -190,7 +190,7 @@ class Answerer:
             for index, (prompt, row) in enumerate(zip(prompts, rows)):
                 wanted = row[len(row) - prompt.continuation :].to(hidden.device)
                 before = hidden[index, len(row) - prompt.continuation - 1 : len(row) - 1]
-                scores = self.model.lm_head(before).float().log_softmax(-1)
+                scores = self.model.get_logits(before).float().log_softmax(-1)
                 value = scores.gather(-1, wanted[:, None]).sum().item()
                 greedy = bool((scores.argmax(-1) == wanted).all())
                 found[index].append(Likelihood(value, greedy, prompt.visual_tokens(scale), prompt.text_tokens()))

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from modeling_m3.parts_m3 import leading_tokens
+
 from .devices import Device
 
 
@@ -155,7 +157,8 @@ def vision(config: M3LlavaConfig, t: int, attention: str = "sdpa") -> list[Opera
     """The vision tower's layers that are used, and the projector, for `t` tiles. They are never quantized."""
     tower, part, patches = config.vision_config, "vision tower", config.grid_side**2
     hidden, inner, heads = tower.hidden_size, tower.intermediate_size, tower.num_attention_heads
-    rows, pixels = t * (patches + 1), tower.num_channels * tower.patch_size**2
+    tokens, pixels = patches + leading_tokens(tower), tower.num_channels * tower.patch_size**2
+    rows = t * tokens
     norm = _elementwise(part, "norm", rows, hidden, hidden, weights=2 * VALUE * hidden)
     add = _elementwise(part, "residual sum", rows, 2 * hidden, hidden)
     layer = [
@@ -165,7 +168,7 @@ def vision(config: M3LlavaConfig, t: int, attention: str = "sdpa") -> list[Opera
             for name in ("q_proj", "k_proj", "v_proj")
             for operation in _linear(part, name, rows, hidden, hidden, bias=True)
         ),
-        *_attention(part, attention, t, patches + 1, patches + 1, heads, hidden // heads),
+        *_attention(part, attention, t, tokens, tokens, heads, hidden // heads),
         *_linear(part, "out_proj", rows, hidden, hidden, bias=True),
         add,
         norm,

@@ -32,6 +32,7 @@ REMOTE_CODE_FILES = (
     "modeling_m3.py",
     "objective_m3.py",
     "outputs_m3.py",
+    "parts_m3.py",
     "pictures.py",
     "processing_m3.py",
     "video_processing_m3.py",

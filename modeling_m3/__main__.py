@@ -41,6 +41,7 @@ NOT_TRAINED = (
     "this checkpoint was trained at {} visual tokens alone, and answers worse with fewer. m3-train trains it for all numbers: "
     "docs/training.md."
 )
+NEVER_TRAINED = "this checkpoint's projector is new, and has learned nothing about pictures yet. m3-train trains it: docs/training.md."
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 
@@ -221,7 +222,8 @@ def _ask(
     )
     trained, asked = model.config.trained_scales, {int(scale) for scale in inputs["num_visual_tokens"]} - {AUTO_NUMBER}
     if trained is not None and not quiet and not asked <= {*trained}:
-        print(f"m3-ask: {NOT_TRAINED.format(', '.join(map(str, trained)))}", file=sys.stderr)
+        said = NOT_TRAINED.format(", ".join(map(str, trained))) if trained else NEVER_TRAINED
+        print(f"m3-ask: {said}", file=sys.stderr)
 
     if compiled:
         text = int((inputs["input_ids"] != processor.image_token_id).sum())

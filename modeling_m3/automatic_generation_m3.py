@@ -312,7 +312,7 @@ class AutomaticGeneration:
         confidence, mask = Confidence(len(done.prompts), done.mask.device), done.mask
         going, hidden = torch.ones_like(mask[:, 0], dtype=torch.bool), done.last_hidden
         for step in range(self.choice.probe_tokens):
-            logits = self.model.lm_head(hidden)
+            logits = self.model.get_logits(hidden)
             confidence.add(logits, going)
             token = logits.argmax(-1)
             going = going & ~torch.isin(token, ends)

@@ -18,6 +18,7 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, strict
 
+from .parts_m3 import leading_tokens, without_head
 from .visual_tokens import (
     MERGE_TYPES,
     SAMPLINGS,
@@ -39,16 +40,16 @@ class M3LlavaConfig(PreTrainedConfig):
     Configuration of [`M3LlavaForConditionalGeneration`]. Built with no arguments it is LLaVA-1.5-7B-M3.
 
     Args:
-        vision_config (`dict` or `CLIPVisionConfig`, *optional*):
-            The vision tower; CLIP-ViT-L/14-336 by default.
-        text_config (`dict` or `LlamaConfig` or `MistralConfig`, *optional*):
+        vision_config (`dict` or `CLIPVisionConfig` or `SiglipVisionConfig`, *optional*):
+            The vision tower; CLIP-ViT-L/14-336 by default. SigLIP's is kept without its pooling head.
+        text_config (`dict` or the configuration of any causal language model, *optional*):
             The language model; Llama-7B with room for the `<image>` token by default.
         image_token_id (`int`, *optional*, defaults to 32000):
             Id of the placeholder that stands for one visual token. `image_token_index` is an alias.
         vision_feature_layer (`int`, *optional*, defaults to -2):
             Index into the vision tower's hidden states (0: its embeddings). Later layers are not computed.
         vision_feature_select_strategy (`"default"` or `"full"`, *optional*, defaults to `"default"`):
-            `"full"` keeps the class token, the original's `cls_patch`; pooling is then impossible.
+            `"full"` keeps the class token, the original's `cls_patch`; pooling is then impossible. SigLIP has none to keep.
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation between the projector's linear layers.
         multimodal_projector_bias (`bool`, *optional*, defaults to `True`):
@@ -59,7 +60,8 @@ class M3LlavaConfig(PreTrainedConfig):
             The numbers of visual tokens a tile can be reduced to. For CLIP-ViT-L/14-336 `[1, 9, 36, 144, 576]`
             (paper section 4.1); may be widened with any `(side / k) ** 2` that the grid of patches has.
         trained_scales (`list[int]`, *optional*):
-            Those of them that it was trained at, which it answers best at; `None` where that is not known.
+            Those of them that it was trained at, which it answers best at; `None` where that is not known, and none of
+            them where its projector is new.
         visual_token_sampling (`"average"`, `"spatial"` or `"sequential"`, *optional*, defaults to `"average"`):
             How a tile is reduced: the method, or one of the training-free baselines of paper Table 4.
         patch_merge_type (`"flat"`, `"spatial"` or `"spatial_unpad"`, *optional*, defaults to `"flat"`):
@@ -103,6 +105,7 @@ class M3LlavaConfig(PreTrainedConfig):
             patch_size=14,
             projection_dim=768,
         )
+        self.vision_config = without_head(self.vision_config)
         # 32064: the 32000 pieces of Llama's vocabulary, `<image>`, and padding to a multiple of 64.
         self.text_config = _sub_config(self.text_config, "llama", vocab_size=32064)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
@@ -116,6 +119,7 @@ class M3LlavaConfig(PreTrainedConfig):
         }
         check_choice("visual_token_sampling", self.visual_token_sampling, SAMPLINGS)
         check_choice("patch_merge_type", self.patch_merge_type, MERGE_TYPES)
+        self._check_tower()
         if self.visual_token_scales is None:
             self.visual_token_scales = default_scales(self.grid_side, self.keeps_class_token)
         if self.image_grid_pinpoints is not None:
@@ -138,6 +142,11 @@ class M3LlavaConfig(PreTrainedConfig):
     def keeps_class_token(self) -> bool:
         """Whether every tile has one visual token more, the class token."""
         return keeps_class_token(self.vision_feature_select_strategy)
+
+    @property
+    def num_leading_tokens(self) -> int:
+        """Tokens of the vision tower before those of the patches that are left out: the class token, where there is one."""
+        return 0 if self.keeps_class_token else leading_tokens(self.vision_config)
 
     def image_layout(self, grid: tuple[int, int] | None, size: list[int] | None) -> ImageLayout:
         """How this model lays out the visual tokens of an image with such a grid of tiles and (height, width)."""
@@ -170,6 +179,20 @@ class M3LlavaConfig(PreTrainedConfig):
         """How many of the vision tower's layers `vision_feature_layer` needs."""
         depth = self.vision_config.num_hidden_layers
         return self.vision_feature_layer if self.vision_feature_layer >= 0 else depth + 1 + self.vision_feature_layer
+
+    def _check_tower(self) -> None:
+        """Raises `ValueError` that names what it is about a tower that there is no square grid of patches from."""
+        if not leading_tokens(self.vision_config) and self.keeps_class_token:
+            raise ValueError(
+                f'vision_feature_select_strategy="full" keeps the class token, which a {self.vision_config.model_type} has not: '
+                'use "default", which keeps every patch.'
+            )
+        sides = self.vision_config.image_size, self.vision_config.patch_size
+        if not all(isinstance(side, int) for side in sides):
+            raise ValueError(
+                f"vision_config has image_size={sides[0]!r} and patch_size={sides[1]!r}: each must be one number, as the grid of "
+                "patches is a square."
+            )
 
     def _check(self) -> None:
         """Raises `ValueError` that names the value for a combination that no model can be built from."""

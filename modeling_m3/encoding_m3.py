@@ -49,8 +49,8 @@ class M3LlavaEncodingMixin:
             return {name: torch.cat([part[name] for part in parts]) for name in ("last_hidden_state", "tile_features")}
         outputs = self.vision_tower(tiles, **kwargs)
         features = outputs.last_hidden_state
-        # CODEPATH: LLaVA checkpoints drop the class token; those trained with the original's `cls_patch` keep it.
-        kept = features if self.config.keeps_class_token else features[:, 1:]
+        # CODEPATH: LLaVA checkpoints drop CLIP's class token; those trained with the original's `cls_patch` keep it.
+        kept = features[:, self.config.num_leading_tokens :]
         return {
             "last_hidden_state": features,
             "tile_features": self.multi_modal_projector(kept, pool),

@@ -48,6 +48,7 @@ from .outputs_m3 import (
     M3LlavaEncodedImages,
     M3LlavaModelOutputWithPast,
 )
+from .parts_m3 import finished_logits, without_last_norm
 from .visual_tokens import as_lists, joined, laid_out
 
 
@@ -117,6 +118,8 @@ class M3LlavaModel(M3LlavaPreTrainedModel, M3LlavaEncodingMixin):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         encoder = self.vision_tower.encoder
         encoder.layers = M3LlavaUsedLayers(encoder.layers, config.num_vision_layers)
+        # CODEPATH: SigLIP has a norm of all tokens after its layers, CLIP one of the class token's own output.
+        without_last_norm(self.vision_tower)
         self.multi_modal_projector = M3LlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         # CODEPATH: LLaVA-NeXT checkpoints end every row of tiles with `image_newline`; LLaVA-1.5 checkpoints have none.
@@ -174,8 +177,8 @@ class M3LlavaModel(M3LlavaPreTrainedModel, M3LlavaEncodingMixin):
     ) -> tuple | BaseModelOutputWithPooling:
         r"""
         Returns `pooler_output`, a list with one tensor of shape (tokens, hidden_size) per image, and
-        `last_hidden_state`, the output of the vision tower's selected layer, of shape (all tiles, 1 + patches, vision
-        hidden size).
+        `last_hidden_state`, the output of the vision tower's selected layer, of shape (all tiles, patches and CLIP's class
+        token, vision hidden size).
 
         Raises `ValueError` for sizes, grids or numbers of visual tokens that do not fit the pixels.
         """
@@ -321,6 +324,18 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaCompilingMi
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    def get_logits(self, hidden_states: torch.FloatTensor) -> torch.FloatTensor:
+        """
+        The head's output as the language model's family has it: scaled or softcapped where its configuration says so.
+
+        Args:
+            hidden_states: (..., d), the last of the language model.
+
+        Returns:
+            (..., vocabulary).
+        """
+        return finished_logits(self.lm_head(hidden_states), self.config.text_config)
+
     @auto_docstring(custom_intro="See [`M3LlavaModel.get_image_features`].", custom_args=IMAGE_ARGUMENTS)
     def get_image_features(
         self,
@@ -419,7 +434,7 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaCompilingMi
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs[0][:, kept, :])
+        logits = self.get_logits(outputs[0][:, kept, :])
 
         loss = None
         if labels is not None:

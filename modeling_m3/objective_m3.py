@@ -123,7 +123,7 @@ def _next_token_loss(
     # Most of the memory of a short prompt is logits over a whole vocabulary, and most positions have no label.
     rows, positions = (place.to(hidden.device) for place in targets[0])
     return model.loss_function(
-        logits=model.lm_head(hidden[rows, positions]),
+        logits=model.get_logits(hidden[rows, positions]),
         labels=None,
         vocab_size=model.config.text_config.vocab_size,
         shift_labels=targets[1].to(hidden.device),

@@ -134,19 +134,17 @@ def keeps_class_token(select_strategy: str) -> bool:
 
 
 def default_scales(side: int, with_class_token: bool = False) -> list[int]:
-    """The paper's scales for a grid of `side * side` patches: 2x2 pooling while the side is even, then one token.
+    """The paper's scales for a grid of `side * side` patches: each pools the next finer one by as little as its side divides by.
 
-    `[1, 9, 36, 144, 576]` for CLIP-ViT-L/14-336, whose side is 24 (paper section 4.1). Only the finest with a class token,
-    which cannot be pooled.
+    `[1, 9, 36, 144, 576]` for CLIP-ViT-L/14-336, whose side is 24 (paper section 4.1), and `[1, 9, 81, 729]` for 27, SigLIP's at
+    384. Only the finest with a class token, which cannot be pooled.
     """
     if side < 1:
         raise ValueError(f"A tile has {side} patches along its side: its patches are larger than the tile itself.")
-    if with_class_token:
-        return [side * side]
     sides = [side]
-    while sides[-1] % 2 == 0:
-        sides.append(sides[-1] // 2)
-    return sorted({s * s for s in (*sides, 1)})
+    while sides[-1] > 1 and not with_class_token:
+        sides.append(sides[-1] // next(k for k in range(2, sides[-1] + 1) if sides[-1] % k == 0))
+    return sorted(s * s for s in sides)
 
 
 def possible_scales(side: int) -> list[int]:

@@ -82,6 +82,8 @@ def app_of(program: str):
         from m3_conversion.export_command import app
     elif program == "m3-batch":
         from m3_serving.batch_command import app
+    elif program == "m3-create":
+        from m3_conversion.create_command import app
     else:
         raise AssertionError(f"{program} is no command of a page")
     return app

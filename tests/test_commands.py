@@ -23,6 +23,7 @@ QUESTION = json.dumps({"question": "What is it?", "answer": "a dog", "image": "p
 # A command, and a file that it writes.
 COMMANDS = {
     "m3-convert": (f"m3-convert {GOLDENS / 'llava15-m3'} new", "new/model.safetensors"),
+    "m3-create": ("m3-create --help", None),  # what it does is in test_create.py
     "m3-ask": (f"m3-ask {PICTURE} Hello --model {{demo}} --max-new-tokens 2", None),
     "m3-budget": ("m3-budget --help", None),  # what it does is in test_automatic_budget.py
     "m3-batch": (

@@ -90,14 +90,14 @@ MADE = {
 }
 
 
-def upstream(folder, images, text):
+def upstream(folder, images, text, num_additional_image_tokens=1):
     """The inputs and logits of transformers' own processor and class, in float32 by the eager kernel."""
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     config = AutoConfig.from_pretrained(folder)
     strategy = config.vision_feature_select_strategy
     # Releases before 4.46 did not store these, and processors do not find them by themselves.
     processor.patch_size, processor.vision_feature_select_strategy = config.vision_config.patch_size, strategy
-    processor.num_additional_image_tokens = 1
+    processor.num_additional_image_tokens = num_additional_image_tokens
     inputs = processor(images=images, text=text, return_tensors="pt")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
@@ -113,8 +113,8 @@ def ours(folder, images, text):
         return inputs, model(**inputs).logits
 
 
-def assert_same_answers(folder, converted, images, text=PROMPT):
-    (theirs, expected), (inputs, logits) = upstream(folder, images, text), ours(converted, images, text)
+def assert_same_answers(folder, converted, images, text=PROMPT, **settings):
+    (theirs, expected), (inputs, logits) = upstream(folder, images, text, **settings), ours(converted, images, text)
     assert inputs["input_ids"].tolist() == theirs["input_ids"].tolist()
     assert torch.equal(inputs["pixel_values"], theirs["pixel_values"])
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
@@ -263,9 +263,13 @@ def test_an_adapter_that_peft_saved_on_such_a_folder(tmp_path):
 
 # What is wrong, and what the line on stderr says
 WRONG = {
-    "siglip": (
+    "siglip2": (
+        {"vision_config": {"model_type": "siglip2_vision_model"}},
+        "model_type of vision_config is 'siglip2_vision_model'",
+    ),
+    "siglip without its first patch": (
         {"vision_config": {"model_type": "siglip_vision_model"}},
-        "model_type of vision_config is 'siglip_vision_model'",
+        "vision_feature_select_strategy is 'default', which drops SigLIP's first patch",
     ),
     "gemma": ({"text_config": {"model_type": "gemma"}}, "model_type of text_config is 'gemma'"),
     "several layers": (

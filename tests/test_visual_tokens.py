@@ -63,6 +63,8 @@ def test_default_scales_are_the_papers():
     assert visual_tokens.default_scales(24) == [1, 9, 36, 144, 576]
     assert visual_tokens.default_scales(16) == [1, 4, 16, 64, 256]
     assert visual_tokens.default_scales(1) == [1]
+    assert visual_tokens.default_scales(27) == [1, 9, 81, 729]
+    assert visual_tokens.default_scales(14) == [1, 49, 196]
 
 
 @pytest.mark.parametrize("side", [1, 2, 14, 24, 27])

@@ -18,7 +18,7 @@ from .conversations import TEMPLATES, check_template
 
 
 SCALE_CHOICES = ("all", "random", "fixed")
-TRAINED = ("all", "clip")
+TRAINED = ("all", "clip", "projector")
 CONFIGS = Path(__file__).with_name("configs")
 
 
@@ -32,7 +32,18 @@ class ModelArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "As in from_pretrained: sdpa, eager, ..."})
     train: str = field(
         default="all",
-        metadata={"help": "Paper, Table 7: all, or clip, only the vision tower.", "choices": TRAINED},
+        metadata={
+            "help": "Paper, Table 7: all, or clip, only the vision tower. Or projector, LLaVA's first stage (the original's "
+            "tune_mm_mlp_adapter), which also writes mm_projector.bin.",
+            "choices": TRAINED,
+        },
+    )
+    projector_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "An mm_projector.bin, of m3-train or the original, to start with in place of the checkpoint's projector (the "
+            "original's pretrain_mm_mlp_adapter)."
+        },
     )
     freeze_language_model: bool = field(default=False, metadata={"help": "Train no weight of the language model."})
     freeze_projector: bool = field(default=False, metadata={"help": "Train no weight of the projector."})
@@ -56,7 +67,8 @@ class ModelArguments:
 
     def trains_nothing_of(self, part: str) -> bool:
         """Whether `part`, "language_model", "projector" or "vision_tower", is frozen."""
-        return getattr(self, f"freeze_{part}") or (self.train == "clip" and part != "vision_tower")
+        only = {"clip": "vision_tower", "projector": "projector"}.get(self.train, part)
+        return getattr(self, f"freeze_{part}") or part != only
 
 
 @dataclass

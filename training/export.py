@@ -16,6 +16,7 @@ from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
 
 from .arguments import DataArguments, ModelArguments
 from .parameters import PARTS, add_lora
+from .projector import write_projector
 from .trainer import M3Trainer
 
 
@@ -29,7 +30,7 @@ def export(
 
     Args:
         trainer: after training; `processing_class` is the processor.
-        destination: the folder to write.
+        destination: the folder to write; `mm_projector.bin` goes beside it, where the projector alone was trained.
         model_arguments, data_arguments: of the run, for the card.
     """
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -48,6 +49,8 @@ def export(
             source=source,
             training=describe(trainer, model_arguments, data_arguments),
         )
+        if model_arguments.train == "projector":
+            write_projector(weights, destination.parent)
         with new_folder(destination, overwrite=False) as folder:
             _on_cpu(config, weights, model_arguments).save_pretrained(folder, max_shard_size="5GB")
             write_other_files(folder, config, trainer.processing_class, _generation_config(source, config), card)
@@ -71,6 +74,7 @@ def describe(trainer: M3Trainer, model_arguments: ModelArguments, data_arguments
     data = Path(data_arguments.data_path).name if data_arguments.data_path else "records made by a program"
     rows = {
         "Started from": f"`{Path(model_arguments.model_name_or_path).name}`",
+        **({"Projector from": f"`{Path(given).name}`"} if (given := model_arguments.projector_weights) else {}),
         "Data": f"{data}, {len(trainer.train_dataset)} records, template `{data_arguments.template}`",
         "Objective": objective,
         "Trained": "; ".join(trained),

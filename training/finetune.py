@@ -1,7 +1,8 @@
 """`m3-train config.yaml [--name value ...]`: fine-tunes an M3 checkpoint.
 
 The output folder holds the run's checkpoints, from the last of which the same command goes on, `trainer_state.json` with
-the losses, and at the end `final`, the trained model as a folder for the Hub.
+the losses, and at the end `final`, the trained model as a folder for the Hub. With `train: projector` there is also
+`mm_projector.bin`, the projector alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .data import BadSampleError, Collator, EvaluationDataset, LlavaDataset, Rec
 from .export import export
 from .options import check_options
 from .parameters import prepare_parameters
+from .projector import read_projector
 from .stopping import Stopper, UndisturbedCollator
 from .trainer import M3Trainer, OptimizerClass
 
@@ -148,6 +150,8 @@ def _prepare(
     model = AutoModelForImageTextToText.from_pretrained(
         name, dtype=torch.float32, attn_implementation=model_arguments.attn_implementation
     )
+    if model_arguments.projector_weights is not None:
+        read_projector(model, Path(model_arguments.projector_weights))
     prepare_parameters(model, model_arguments)
     return M3Trainer(
         scales=scales,

@@ -214,7 +214,7 @@ def test_what_was_seen_is_what_the_model_sees_and_is_kept(tiny, scenes, tmp_path
         found = model.model.multi_modal_projector(scenes.features[7:8].float())
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)  # kept in half precision
     first = see_scenes(model, processor, tmp_path / "seen.safetensors", count=3)
-    monkeypatch.setattr(model.model, "vision_tower", None)  # it is not asked again
+    monkeypatch.setattr(model.model.vision_tower, "forward", None)  # it is not asked again
     again = see_scenes(model, processor, tmp_path / "seen.safetensors", count=3)
     assert torch.equal(first.features, again.features) and first.facts == again.facts == scenes.facts[:3]
 

@@ -66,7 +66,7 @@ def read_original(
         logger.warning("%s: the setting %s is not known and has no effect on what is written", config_file, setting)
     base, checkpoint = _base(folder, model_base)  # has what such a folder may lack: weights and tokenizer
     vision = find_vision_tower(original, folder, checkpoint, vision_tower)
-    _fit_to_tower(arguments, vision, config_file)
+    _fit_to_tower(arguments, vision)
     with naming(base):
         tokenizer = build_tokenizer(base, model_config=original)
     rows = _check_vocabulary(original, checkpoint, tokenizer, folder)
@@ -92,19 +92,14 @@ def read_original(
     )
 
 
-def _fit_to_tower(arguments: dict[str, Any], vision: VisionTower, config_file: Path) -> None:
+def _fit_to_tower(arguments: dict[str, Any], vision: VisionTower) -> None:
     """What the settings mean for this tower: layers are counted from the last one there is, and SigLIP's tokens are all of patches.
 
     Source: the original's way with SigLIP, which takes the last layer out of the tower, and every token of the one before it
     (LLaVA-NeXT's `siglip_encoder.py`).
     """
-    if (layer := arguments["vision_feature_layer"]) < 0:
-        arguments["vision_feature_layer"] = layer + vision.num_missing_layers
-    if layer < 0 <= arguments["vision_feature_layer"]:
-        raise ConversionError(
-            f"{config_file}: mm_vision_select_layer is {layer}, but the checkpoint lacks the last {vision.num_missing_layers} layers of "
-            "its vision tower: is it whole?"
-        )
+    if vision.num_missing_layers:
+        arguments["vision_feature_layer"] += vision.num_missing_layers
     if LEADING_TOKENS[vision.config["model_type"]] == 0:
         arguments["vision_feature_select_strategy"] = "default"
 

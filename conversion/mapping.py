@@ -34,7 +34,14 @@ _VISION_KEYS = {
     "post_layernorm.weight": "model.vision_tower.post_layernorm.weight",
     "post_layernorm.bias": "model.vision_tower.post_layernorm.bias",
     "embeddings.position_ids": None,  # 0, 1, 2, ...: the model makes it itself
-    "head.{rest}": None,  # SigLIP's, which pools a picture to one vector
+    # SigLIP's head, which pools a picture to one vector.
+    "head.probe": None,
+    **{f"head.attention.in_proj_{kind}": None for kind in ("weight", "bias")},
+    **{
+        f"head.{part}.{kind}": None
+        for part in ("attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2")
+        for kind in ("weight", "bias")
+    },
 }
 CHECKPOINT_VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
 
@@ -173,8 +180,8 @@ def remap_key(key: str, table: dict[str, str | None]) -> str | None:
     Raises:
         KeyError: the table has no row for it.
     """
-    if key in table:  # tables of a whole model's names have no other rows, and many of them
-        return table[key]
+    if table.get(key) == key:  # tables of a whole model's names have no other rows, and many of them
+        return key
     for template, name in table.items():
         match = re.fullmatch(_pattern(template), key)
         if match and name is None:

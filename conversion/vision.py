@@ -117,11 +117,13 @@ def find_vision_tower(
     preprocessing = tower_preprocessing(tower, described)
     if not inside:
         return VisionTower(described, preprocessing, tower_tensors(tower), tower)
-    layer = re.compile(re.escape(f"{CHECKPOINT_VISION_PREFIX}encoder.layers.") + r"(\d+)\.")
-    num_held = 1 + max((int(match[1]) for match in map(layer.match, checkpoint) if match), default=-1)
-    missing = AutoConfig.for_model(**described).num_hidden_layers - num_held
-    if missing <= 0:  # what is too much has no place, which the plan says
-        return VisionTower(described, preprocessing, None, tower)
+    numbered = re.compile(re.escape(f"{CHECKPOINT_VISION_PREFIX}encoder.layers.") + r"(\d+)\.")
+    num_held = 1 + max((int(match[1]) for match in map(numbered.match, checkpoint) if match), default=-1)
+    with naming(tower / "config.json"):
+        missing = AutoConfig.for_model(**described).num_hidden_layers - num_held
+    selected = -2 if (layer := config.get("mm_vision_select_layer")) is None else layer
+    if missing <= 0 or not isinstance(selected, int) or not selected + missing < 0:
+        return VisionTower(described, preprocessing, None, tower)  # what does not fit, the plan says
     return VisionTower({**described, "num_hidden_layers": num_held}, preprocessing, None, tower, missing)
 
 

@@ -203,8 +203,8 @@ DAMAGES = {
     "vision tower not found": (config(mm_vision_tower="./nowhere"), ["./nowhere", "--vision-tower"]),
     "vision tower not on the Hub": (config(mm_vision_tower="some/where"), ["some/where", "--vision-tower"]),
     "vision tower is no CLIP": (
-        lambda f: edit_json(f.parent / CLIP / "config.json", model_type="siglip"),
-        ["siglip", "CLIP"],
+        lambda f: edit_json(f.parent / CLIP / "config.json", model_type="dinov2"),
+        ["dinov2", "CLIP"],
     ),
     "vision tower without preprocessing": (
         lambda f: (f.parent / CLIP / "preprocessor_config.json").unlink(),

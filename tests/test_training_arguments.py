@@ -34,8 +34,11 @@ def test_accelerate_takes_its_files(file):
         assert config.deepspeed_config["zero_stage"] == 3
 
 
+STAGES = ("new-model-stage-1", "new-model-stage-2")  # in test_training_new_models.py
+
+
 def test_every_configuration_is_tested():
-    assert {file.stem for file in CONFIGS.iterdir()} == {*RUNS, "fsdp", "zero3"}
+    assert {file.stem for file in CONFIGS.iterdir()} == {*RUNS, *STAGES, "fsdp", "zero3"}
 
 
 def write(folder, text):

@@ -259,7 +259,9 @@ def main(
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     device: Device = "cpu",
     compiled: Annotated[bool, typer.Option("--compile", help="By the graphs of compile_for too.")] = False,
-    scale: Annotated[list[int] | None, typer.Option(help="Numbers of visual tokens; all if left out.")] = None,
+    scale: Annotated[
+        list[int] | None, typer.Option(help="Numbers of visual tokens; all if left out. Repeat the option for several.")
+    ] = None,
     prefill_only: Annotated[bool, typer.Option("--prefill-only", help="Leave first tokens out.")] = False,
     output: Annotated[Path | None, typer.Option(help="A JSON file for all that was measured.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="A PNG file.")] = None,

@@ -14,8 +14,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from modeling_m3.parts_m3 import leading_tokens
-
 from .devices import Device
 
 
@@ -155,6 +153,8 @@ def language_model(
 
 def vision(config: M3LlavaConfig, t: int, attention: str = "sdpa") -> list[Operation]:
     """The vision tower's layers that are used, and the projector, for `t` tiles. They are never quantized."""
+    from modeling_m3.parts_m3 import leading_tokens  # with torch, which statistics of answers do without
+
     tower, part, patches = config.vision_config, "vision tower", config.grid_side**2
     hidden, inner, heads = tower.hidden_size, tower.intermediate_size, tower.num_attention_heads
     tokens, pixels = patches + leading_tokens(tower), tower.num_channels * tower.patch_size**2

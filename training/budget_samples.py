@@ -204,7 +204,7 @@ def _answer(
     answers: list[list[int]] = [[] for _ in rows]
     hidden, position = output.last_hidden_state[:, -1:], positions[:, -1:]
     for step in range(max_new_tokens):
-        logits = model.lm_head(hidden)[:, -1].float()
+        logits = model.get_logits(hidden)[:, -1].float()
         token = logits.argmax(-1)
         if step < PROBE_TOKENS:
             confidence.add(logits, ~done)

@@ -100,6 +100,5 @@ def _unused(model: M3LlavaForConditionalGeneration) -> tuple[str, ...]:
     """Where names start of parameters that nothing is computed with: in the vision tower, after the selected layer."""
     vision = model.config.vision_config
     layers = range(model.config.num_vision_layers, vision.num_hidden_layers)
-    # CLIP's last norm is of its pooled output alone; other towers have one of all tokens under this name.
-    norm = ["model.vision_tower.post_layernorm."] if vision.model_type == "clip_vision_model" else []
-    return (*(f"model.vision_tower.encoder.layers.{layer}." for layer in layers), *norm)
+    # Visual tokens are hidden states before the tower's last norm.
+    return (*(f"model.vision_tower.encoder.layers.{layer}." for layer in layers), "model.vision_tower.post_layernorm.")

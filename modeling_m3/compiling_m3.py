@@ -33,7 +33,6 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from .outputs_m3 import CACHE_NAME, M3LlavaCausalLMOutputWithPast
-from .parts_m3 import finished_logits
 from .visual_tokens import ImageLayout, as_lists, check_num_visual_tokens, joined, laid_out, pool_tiles, tile_grid
 
 
@@ -244,8 +243,9 @@ class M3LlavaCompilingMixin:
             use_cache=True,
             **{CACHE_NAME: cache},
         ).last_hidden_state
-        logits = finished_logits(self.lm_head(hidden[:, -1:]), self.config.text_config)
-        return logits, [state for layer in cache.layers for state in (layer.keys, layer.values)]
+        return self.get_logits(hidden[:, -1:]), [
+            state for layer in cache.layers for state in (layer.keys, layer.values)
+        ]
 
 
 class FittingGraph(NamedTuple):

@@ -40,6 +40,10 @@ def create() -> int | None:
     return _run("m3-create", "m3_conversion.create_command")
 
 
+def demo() -> int | None:
+    return _run("m3-demo", "m3_serving.demo.command", "demo", ("gradio", "matplotlib", "av", "openai"))
+
+
 def evaluate() -> int | None:
     return _run("m3-eval", "m3_evaluation.eval_command")
 

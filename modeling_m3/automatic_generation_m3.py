@@ -280,7 +280,7 @@ class AutomaticGeneration:
 
     def _prefix(self, prompts: list[_Prompt]) -> dict[str, Cache]:
         """What the coarse pass computed of that which stands before the images."""
-        if not self.shared or self.first is None or not _can_be_cut(self.first.cache):
+        if not self.shared or self.first is None or not can_be_cut(self.first.cache):
             return {}
         return {CACHE_NAME: self.first.of(prompts, self.shared).cache}
 
@@ -333,7 +333,7 @@ class AutomaticGeneration:
         """A plain call at `scale`, which goes on from the pass if that can be done."""
         if not prompts:
             return
-        if done is not None and self._goes_on_from_a_cache() and _can_be_cut(done.cache):
+        if done is not None and self._goes_on_from_a_cache() and can_be_cut(done.cache):
             length = done.input_ids.shape[1] - 1
             if not (done.input_ids[:, length:] == self.image_token_id).any():
                 done = done.of(prompts, length)
@@ -405,6 +405,6 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def _can_be_cut(cache: Cache) -> bool:
+def can_be_cut(cache: Cache) -> bool:
     """Whether a cache holds every token of every layer, so that its end can be taken off."""
     return all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))

@@ -1,0 +1,127 @@
+"""The tab for chats: several turns, several pictures, each at its own number of visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import gradio as gr
+
+from .asking import Message, Person, Picture
+from .controls import Shared, Upload, asked, paced, picture_input, settings_of
+from .rendering import ENDS, cost_html, notes_html
+
+
+@dataclass
+class Chat:
+    """What was said, and how the page shows it.
+
+    Attributes:
+        messages: for the model.
+        shown: for the page, with every picture as a message of its own.
+        waiting: pictures of the next message, and their files.
+    """
+
+    messages: list[Message] = field(default_factory=list)
+    shown: list[dict[str, Any]] = field(default_factory=list)
+    waiting: list[tuple[Picture, str]] = field(default_factory=list)
+
+
+def chat_tab(shared: Shared, tab: gr.Tab) -> None:
+    talk = gr.Chatbot(
+        label="Chat",
+        height=380,
+        buttons=["copy"],
+        feedback_options=None,
+        placeholder="Ask about one picture or several, turn after turn.",
+        elem_id="m3-talk",
+    )
+    problem, costs = gr.HTML(), gr.HTML(cost_html(None))
+    text = gr.Textbox(label="Message", max_lines=6, elem_id="m3-message")
+    send, _ = shared.ask_and_stop("Send")
+    with gr.Row(elem_classes="m3-buttons"):
+        retry, anew = gr.Button("Retry", size="md", interactive=False), gr.Button("New chat", size="md")
+    shared.buttons.append(retry)
+    with gr.Accordion("Picture for the next message", open=True):
+        picture = picture_input("Picture of the chat", 200, "m3-chat-picture")
+        shared.registers(picture)
+        number = shared.number_control("Visual tokens of this picture")
+        add = gr.Button("Add another picture", size="md", elem_classes="m3-copy")
+
+    def take(request: gr.Request, upload: Upload | None, scale: int | str | None) -> Iterator[dict[Any, Any]]:
+        chat = _chat(shared.people.of(request, upload and upload.path))
+        chat.waiting.append((shared.opened(upload, scale), upload.path))
+        names = ", ".join(f"{held.name} at {held.num_visual_tokens}" for held, _ in chat.waiting)
+        yield {picture: None, problem: notes_html(f"With the next message: {names}.")}
+
+    def say(
+        request: gr.Request, words: str, upload: Upload | None, scale: int | str | None, *settings: Any
+    ) -> Iterator[dict[Any, Any]]:
+        person = shared.person(request, upload)
+        chat, how = _chat(person), settings_of(*settings)
+        new = [*chat.waiting, *([(shared.opened(upload, scale), upload.path)] if upload else [])]
+        message = Message("user", asked(words), tuple(held for held, _ in new))
+        before = list(chat.shown)
+        for held, file in new:
+            named = f"{held.name}, {held.num_visual_tokens} visual tokens"
+            chat.shown += [
+                {"role": "user", "content": {"path": file, "alt_text": named}},
+                {"role": "user", "content": f"*{held.num_visual_tokens} visual tokens*"},
+            ]
+        chat.shown.append({"role": "user", "content": words})
+        chat.messages.append(message)
+        yield {talk: chat.shown, text: "", picture: None, problem: ""}
+        try:
+            yield from answer(chat, person, how)
+        except Exception:
+            chat.messages.pop()
+            chat.shown = before
+            yield {talk: before, text: words}
+            raise
+        chat.waiting.clear()
+
+    def again(request: gr.Request, *settings: Any) -> Iterator[dict[Any, Any]]:
+        person = shared.person(request)
+        chat = _chat(person)
+        if len(chat.messages) < 2:
+            raise ValueError("There is no answer yet that could be tried again.")
+        chat.messages.pop()
+        chat.shown.pop()
+        yield {problem: ""}
+        yield from answer(chat, person, settings_of(*settings))
+
+    def answer(chat: Chat, person: Person, how: Any) -> Iterator[dict[Any, Any]]:
+        said = None
+        for said in paced(shared.model.answer(chat.messages, how, person)):
+            end = f" *({ENDS[said.finished]})*" if said.finished in ENDS else ""
+            yield {talk: [*chat.shown, {"role": "assistant", "content": said.text + end}], costs: cost_html(said)}
+        chosen = iter(said.num_visual_tokens)
+        chat.messages[:] = [*_at_chosen(chat.messages, chosen), Message("assistant", said.text)]
+        chat.shown.append({"role": "assistant", "content": said.text + end})
+
+    def forget(request: gr.Request) -> Iterator[dict[Any, Any]]:
+        person = shared.people.of(request)
+        person.stop.set()
+        person.chat = person.kept = None
+        yield {talk: [], text: "", picture: None, problem: "", costs: cost_html(None)}
+
+    outputs = [talk, text, picture, problem, costs]
+    shared.on([send.click, text.submit], say, [text, picture, number, *shared.settings], outputs, problem)
+    shared.on([retry.click], again, shared.settings, outputs, problem)
+    shared.on([add.click], take, [picture, number], outputs, problem)
+    shared.on([anew.click], forget, [], outputs, problem)
+
+
+def _chat(person: Person) -> Chat:
+    person.chat = person.chat or Chat()
+    return person.chat
+
+
+def _at_chosen(messages: list[Message], chosen: Iterator[int]) -> Iterator[Message]:
+    """What "auto" came to stays, so that later turns need not look again."""
+    for message in messages:
+        pictures = tuple(
+            replace(held, num_visual_tokens=next(chosen, held.num_visual_tokens)) for held in message.pictures
+        )
+        yield replace(message, pictures=pictures)

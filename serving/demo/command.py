@@ -1,0 +1,167 @@
+"""The command `m3-demo`: a page in the browser on which people see what visual tokens buy."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from ipaddress import ip_address
+from typing import Annotated, Any, Literal
+
+import typer
+
+from m3_conversion.__main__ import VERSION
+from m3_conversion.signals import handling_signals
+
+from .people import People, private_folder
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(help="An M3 or any LLaVA: a folder, or an id on the Hub. m3-tiny, a small one, by default."),
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(help="URL of an OpenAI-compatible server, as of m3-serve, that answers in place of this process."),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="Of the server.", envvar="OPENAI_API_KEY", show_envvar=True)
+    ] = None,
+    quantize: Annotated[
+        Literal["nf4", "int8"] | None, typer.Option(help="The language model's layers in 4 or 8 bits, by bitsandbytes.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="Of the weights; as stored by default.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, tag or commit of the Hub's repository that --model names.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to run: cpu, cuda, ..., auto for all there are. The GPU if there is one.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Others than this machine's users see 0.0.0.0.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 7860,
+    share: Annotated[bool, typer.Option("--share", help="Show the page to the internet, by gradio's tunnel.")] = False,
+    users: Annotated[
+        int, typer.Option(help="People who may wait for an answer; more are asked to come later.", min=1)
+    ] = 20,
+    max_upload: Annotated[int, typer.Option(help="Size of an upload at most, in MB.", min=1)] = 50,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    show_version: Annotated[bool, VERSION] = False,
+) -> None:
+    """Opens a page on which a checkpoint answers about pictures, at every number of visual tokens."""
+    logging.basicConfig(format="m3-demo: %(message)s", level=logging.WARNING)
+    stopped = threading.Event()
+    received: list[int] = []
+
+    def stop(signum: int, frame: object) -> None:
+        received.append(signum)
+        stopped.set()
+
+    try:
+        with handling_signals(stop), private_folder() as files:
+            _serve(
+                stopped,
+                _answering(model, server, api_key, quantize, dtype, revision, device),
+                People(files),
+                users,
+                max_upload * 10**6,
+                {"server_name": host, "server_port": port, "share": share, "inbrowser": open_browser},
+            )
+    except (ValueError, OSError, ImportError) as error:
+        if debug:
+            raise
+        print(f"m3-demo: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    if received:
+        print("m3-demo: stopped", file=sys.stderr)
+        raise typer.Exit(128 + received[0])
+
+
+def main() -> None:
+    app(prog_name="m3-demo")
+
+
+def _answering(
+    model: str | None,
+    server: str | None,
+    api_key: str | None,
+    quantize: str | None,
+    dtype: str | None,
+    revision: str | None,
+    device: str | None,
+) -> Any:
+    if server is None:
+        from .local_model import LocalModel
+
+        return LocalModel(model, quantize, dtype, revision, device)
+    of_weights = {"--quantize": quantize, "--dtype": dtype, "--device": device}
+    given = [option for option, value in of_weights.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} are for a checkpoint in this process: the server has loaded its own.")
+    from .server_model import ServerModel
+
+    return ServerModel(server, api_key=api_key, checkpoint=model, revision=revision)
+
+
+def _serve(
+    stopped: threading.Event, model: Any, people: People, users: int, most_bytes: int, launch: dict[str, Any]
+) -> None:
+    """Until a signal."""
+    # Before gradio is imported, which reads them then.
+    os.environ |= {"GRADIO_TEMP_DIR": str(people.folder), "GRADIO_ANALYTICS_ENABLED": "False"}
+    from starlette.middleware import Middleware
+
+    from .guard import Guard
+    from .loading import Loading
+    from .page import HEAD, STYLE, THEME, build
+
+    loading = Loading(model)
+    loading.start()
+    public = launch["share"] or not is_loopback(launch["server_name"])
+    page = build(model, loading, people, users, most_bytes, public)
+    people.keep_what_is_there()
+    _, address, shared = page.queue(max_size=users, api_open=False).launch(
+        **launch,
+        quiet=True,
+        prevent_thread_lock=True,
+        max_file_size=most_bytes,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        theme=THEME,
+        css_paths=STYLE,
+        head=HEAD,
+        app_kwargs={"middleware": [Middleware(Guard, files=str(people.folder))]},
+    )
+    print(f"m3-demo: {shared or address}", flush=True)
+    try:
+        stopped.wait()
+    finally:
+        page.close(verbose=False)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address; a name other than localhost may be any."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+if __name__ == "__main__":
+    main()

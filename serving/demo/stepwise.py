@@ -1,0 +1,100 @@
+"""`generate` that computes one token whenever it is asked for one, so that several answers can grow side by side."""
+
+import threading
+import time
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+
+
+class StepwiseAnswer(TextStreamer):
+    """One call of `generate`, which waits after every token until `step` is called again.
+
+    Its time is that of its own steps: what is computed between them is not counted.
+
+    Args:
+        model: an `M3LlavaForConditionalGeneration`.
+        tokenizer: that answers are decoded by.
+        stop: ends the answer at the next token once it is set.
+        call: arguments of `generate`, for one prompt.
+
+    Attributes:
+        text: so far; the last word comes when it is whole.
+        tokens: so far.
+        first_token_seconds, seconds: of computing.
+        output: what `generate` returned, once `step` has returned False.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, stop: threading.Event, **call: Any):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.text, self.tokens, self.seconds, self.first_token_seconds, self.output = "", 0, 0.0, None, None
+        self._stop, self._closed = stop, False
+        self._go, self._came = threading.Semaphore(0), threading.Semaphore(0)
+        self._error: BaseException | None = None
+        self._streams = call.get("num_beams", 1) == 1  # beams have no token that stays before their end
+        if self._streams:
+            call["streamer"] = self
+        call["stopping_criteria"] = StoppingCriteriaList([_Stopped(self)])
+        self._thread = threading.Thread(target=self._generate, args=(model, call), daemon=True)
+
+    def step(self) -> bool:
+        """Computes the next token, or the whole answer of beams. False once there is none.
+
+        Raises:
+            Whatever `generate` raised.
+        """
+        begin = time.perf_counter()
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._go.release()
+        self._came.acquire()
+        self.seconds += time.perf_counter() - begin
+        if self._streams and self.tokens and self.first_token_seconds is None:
+            self.first_token_seconds = self.seconds
+        if self._error is not None:
+            raise self._error
+        return self.output is None
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._closed or self._stop.is_set()
+
+    def close(self) -> None:
+        """Lets go of a call that is under way."""
+        self._closed = True
+        self._go.release()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def put(self, value: torch.Tensor) -> None:
+        is_prompt = self.next_tokens_are_prompt
+        super().put(value)
+        if not is_prompt:
+            self.tokens += 1
+            self._came.release()
+            if not self._closed:
+                self._go.acquire()
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+
+    def _generate(self, model: Any, call: dict[str, Any]) -> None:
+        try:
+            output = model.generate(**call, return_dict_in_generate=True)
+            if not self._streams:
+                new = output.sequences[0, call["input_ids"].shape[1] :]
+                self.text, self.tokens = self.tokenizer.decode(new, skip_special_tokens=True), len(new)
+            self.output = output
+        except BaseException as error:  # it is raised where the answer is waited for
+            self._error = error
+        self._came.release()
+
+
+class _Stopped(StoppingCriteria):
+    def __init__(self, answer: StepwiseAnswer):
+        self.answer = answer
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.answer.is_stopped, device=input_ids.device)

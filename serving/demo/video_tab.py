@@ -1,0 +1,81 @@
+"""The tab for videos: the frames that the model is shown, each with what it costs, and a question about them."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+
+from modeling_m3.overlay import see
+from modeling_m3.videos import sample_video
+from modeling_m3.visual_tokens import AUTO
+
+from .asking import Message, Person, Picture
+from .controls import Shared, Upload, asked, paced, settings_of, video_input
+from .rendering import answer_html, cost_html
+
+
+MOST_FRAMES = 64
+
+
+def video_tab(shared: Shared, tab: gr.Tab) -> None:
+    video = video_input("Video", 240, "m3-video")
+    shared.registers(video)
+    frames = gr.Slider(1, MOST_FRAMES, 6, step=1, label="Frames", info="Evenly spaced")
+    number = shared.number_control("Visual tokens of each frame")
+    question = gr.Textbox(label="Question about the video", max_lines=6)
+    ask, _ = shared.ask_and_stop("Ask about the video")
+    shown = gr.HTML(answer_html(None))
+    costs = gr.HTML(cost_html(None))
+    drawn = gr.HTML()
+
+    def sampled(upload: Upload | None, scale: int | str | None, count: float) -> Picture:
+        if upload is None:
+            raise ValueError("There is no video yet: upload one.")
+        scale = shared.model.default if scale is None else scale
+        return Picture(sample_video(upload.path, num_frames=int(count)), upload.name, scale, upload.path, is_video=True)
+
+    def draw(
+        request: gr.Request, upload: Upload | None, count: float, scale: int | str | None
+    ) -> Iterator[dict[Any, Any]]:
+        shared.people.of(request, upload and upload.path)
+        yield {drawn: "" if upload is None else frames_html(shared.model.processor, sampled(upload, scale, count))}
+
+    def answer(
+        request: gr.Request, upload: Upload | None, count: float, scale: int | str | None, words: str, *settings: Any
+    ) -> Iterator[dict[Any, Any]]:
+        person = shared.person(request, upload)
+        picture, how = sampled(upload, scale, count), settings_of(*settings)
+        messages = [Message("user", asked(words), (picture,))]
+        for said in paced(shared.model.answer(messages, how, Person(person.stop))):
+            yield {shown: answer_html(said), costs: cost_html(said)}
+
+    shared.on([video.change, frames.release, number.change], draw, [video, frames, number], [drawn], drawn)
+    inputs = [video, frames, number, question, *shared.settings]
+    shared.on([ask.click, question.submit], answer, inputs, [shown, costs], shown)
+
+
+def frames_html(processor: Any, video: Picture) -> str:
+    """The frames with their visual tokens drawn over them, when each is shown, and what it costs."""
+    drawings = []
+    times = video.image.timestamps or [None] * len(video.image)
+    for place, (frame, moment) in enumerate(zip(video.image, times), start=1):
+        if processor is not None:
+            seen = see(processor, frame)
+            seen = replace(seen, canvas=None, layout=replace(seen.layout, grid=None, size=None))  # a frame is one view
+            scale = max(seen.scales) if video.num_visual_tokens == AUTO else video.num_visual_tokens
+            frame = seen.draw(scale)
+        written = io.BytesIO()
+        frame.convert("RGB").save(written, "JPEG", quality=85)
+        content = base64.b64encode(written.getvalue()).decode()
+        when = "" if moment is None else f" at {moment:.1f} s"
+        said = html.escape(f"Frame {place}{when}: {video.num_visual_tokens} visual tokens")
+        drawings.append(
+            f'<figure><img alt="" src="data:image/jpeg;base64,{content}"><figcaption>{said}</figcaption></figure>'
+        )
+    return f'<div class="m3-frames">{"".join(drawings)}</div>'

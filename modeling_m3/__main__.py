@@ -7,6 +7,7 @@ import re
 import sys
 import textwrap
 import time
+import uuid
 from collections.abc import Callable
 from logging import Formatter, StreamHandler, getLogger
 from pathlib import Path, PurePath
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from huggingface_hub.utils import httpx  # under whichever name this release has it
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 from transformers.image_utils import load_image
@@ -30,6 +31,7 @@ from modeling_m3.videos import sample_video
 from modeling_m3.visual_tokens import AUTO, AUTO_NUMBER
 
 from .any_checkpoint import M3Checkpoint, find
+from .overlay import SeenPicture, see
 
 
 M3_TINY = (
@@ -113,6 +115,13 @@ def ask(
     compare: Annotated[
         bool, typer.Option("--compare", help="Answer at every scale of the checkpoint, and by auto.")
     ] = False,
+    overlay: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT.png",
+            help="Write the picture as the model sees it, with a grid of its visual tokens; with --compare, at every scale.",
+        ),
+    ] = None,
     compiled: Annotated[
         bool,
         typer.Option(
@@ -154,6 +163,7 @@ def ask(
             number,
             options,
             compare,
+            overlay,
             compiled,
             max_new_tokens,
             device,
@@ -176,6 +186,7 @@ def _ask(
     num_visual_tokens: int | str | None,
     options: dict[str, Any],
     compare: bool,
+    overlay: Path | None,
     compiled: bool,
     max_new_tokens: int,
     device: str | None,
@@ -184,6 +195,8 @@ def _ask(
     is_video = _is_video(image)
     if options and not is_video:
         raise ValueError(f"{image} is a picture: {', '.join(options)} are for videos.")
+    if overlay is not None:
+        _check_overlay(overlay, image, is_video)
     medium = {"type": "video", "video": image} if is_video else {"type": "image", "image": _open_picture(image)}
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -243,12 +256,18 @@ def _ask(
         )
         return streamer, streamer.first_token_at - start, time.perf_counter() - start, output
 
+    seen = None if overlay is None else see(processor, medium["image"])
     if not compare:
         *_, output = answer(inputs, show=True)
+        [shown, *_] = inputs["num_visual_tokens"].tolist()
         if AUTO_NUMBER in inputs["num_visual_tokens"].tolist():
             chosen, spent = output.num_visual_tokens.tolist(), output.visual_tokens_spent.item()
             each = f" for each of {len(chosen)} frames" if len(chosen) > 1 else ""
             print(f"m3-ask: chose {chosen[0]} visual tokens{each}; all passes together took {spent}", file=sys.stderr)
+            shown = chosen[0]
+        if seen is not None:
+            with handling_signals(_interrupt):
+                _write_overlay(seen, [shown], overlay)
         return
     answer(inputs, show=False, max_new_tokens=1)  # warm up: the first call is slower
     images, start = inputs.to(model.device), time.perf_counter()
@@ -275,6 +294,9 @@ def _ask(
             tokens = f"{AUTO}: {output.visual_tokens_spent.item()}"
         row = f"{tokens:>13}  {first:>9.3f} s  {total:>4.3f} s  "
         print(row + textwrap.fill(" ".join(streamer.text.split()), 80).replace("\n", "\n" + " " * len(row)))
+    if seen is not None:
+        with handling_signals(_interrupt):
+            _write_overlay(seen, scales, overlay)
 
 
 def _interrupt(signum: int, frame: object) -> None:
@@ -302,6 +324,46 @@ def _open_picture(image: str) -> Image.Image:
         raise ValueError(f"What {image} leads to is not a picture that PIL can open: {error}") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ValueError(f"Cannot load {image}: {error}") from error
+
+
+def _check_overlay(file: Path, image: str, is_video: bool) -> None:
+    """Raises `ValueError` that says why no picture can be written to a file."""
+    if is_video:
+        raise ValueError(f"--overlay {file} is for a picture, but {image} is a video: ask about one of its frames.")
+    if file.suffix.lower() != ".png":
+        raise ValueError(f"--overlay {file} is written as a PNG: give it a name that ends in .png.")
+    if file.exists():
+        raise ValueError(f"--overlay {file} exists: name a file that is new.")
+    there = next(folder for folder in file.absolute().parents if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"--overlay {file}: {there} is a file, and can be no folder.")
+
+
+def _write_overlay(seen: SeenPicture, scales: list[int], file: Path) -> None:
+    """The drawing at a scale, or those at several with captions: in one row, or below one another where they are wide."""
+    pictures = [seen.draw(scale) for scale in scales]
+    if len(scales) > 1:
+        (width, height), caption = pictures[0].size, 32
+        columns = len(scales) if width < 2 * height else 1
+        rows = len(scales) // columns
+        whole = Image.new("RGB", (columns * width, rows * (height + caption)), "white")
+        for index, (scale, picture) in enumerate(zip(scales, pictures)):
+            left, top = index % columns * width, index // columns * (height + caption)
+            whole.paste(picture, (left, top + caption))
+            count = seen.layout.count(scale)
+            text = f"{count} visual token{'s' if count > 1 else ''}"
+            at, font = (left + width // 2, top + caption), ImageFont.load_default(20)
+            ImageDraw.Draw(whole).text(at, text, fill="black", font=font, anchor="mb")
+        pictures = [whole]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.incomplete-{uuid.uuid4().hex[:8]}")
+    try:
+        pictures[0].save(part, format="PNG")
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    print(f"m3-ask: {file} shows the picture as the model sees it", file=sys.stderr)
 
 
 def main() -> None:

@@ -30,15 +30,13 @@ LEAST_EDGE = 336  # of a view in a drawing: smaller ones are enlarged
 MOST_ENLARGED = 4  # times that the base view is, to be as high as many tiles
 MARGIN = 12
 NEWLINE_GAP, NEWLINE_WIDTH = 2, 6  # within the margin, where no columns are cut off
-NEWLINE = CLASS_TOKEN = -1  # in place of the view, and of the row, of a token that has pixels
-NEWLINE_COLOR = (150, 150, 150)
-CHOSEN_COLOR = (255, 70, 50)
-CUT_COLOR, HATCH_COLOR = (232, 232, 232), (190, 190, 190)
-# Matplotlib's viridis at every eighth of its range, between which colours are interpolated.
-VIRIDIS = np.array([
-    (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129), (92, 200, 99), (170, 220, 50),
-    (253, 231, 37),
-])  # fmt: skip
+PATCHES, NEWLINE, CLASS_TOKEN = range(3)  # what a token is of
+NEWLINE_COLOR, CHOSEN_COLOR, CUT_COLOR, HATCH_COLOR = (150,) * 3, (255, 70, 50), (232,) * 3, (190,) * 3
+# Matplotlib's viridis at every sixteenth of its range, between which colours are interpolated.
+VIRIDIS = bytes.fromhex(
+    "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e "
+    "21918c 1fa088 28ae80 3fbc73 5ec962 84d44b addc30 d8e219 fde725"
+)
 
 
 @dataclass(frozen=True)
@@ -110,36 +108,27 @@ class SeenPicture:
         [scale] = check_num_visual_tokens(scale, self.scales, 1, name="scale")
         side, panels = math.isqrt(scale), self._panels
         edge = self.base.width // self.patch_size // side * self.patch_size  # of a token, in pixels of its view
-        columns = self.layout.grid[1] if self.canvas else 1  # of tiles
         order = self._order(side)
         # Rows that are left follow one another. Where no column is left, newlines are, one for every row.
-        first = next(((view - 1) // columns * side + row for view, row, _ in order if view > 0), 0)
-        rows = count(first if self.canvas else side - 1)
-
-        def corner(panel: "_Panel", row: int, column: int) -> tuple[int, int]:
-            """Of a token by its row and column in all of the panel: past a view's last token there may be pixels that none sees."""
-            left, top = (n // side * self.base.width + n % side * edge for n in (column, row))
-            return panel.left + panel.zoom * left, MARGIN + panel.zoom * top
-
+        rows = count(next((row for _, is_tile, row, _ in order if is_tile), 0) if self.canvas else side - 1)
         boxes: list[Box] = []
-        for index, (view, row, column) in enumerate(order):
-            panel = panels[-1 if view else 0]
-            span, place = edge * panel.zoom, (index, len(order))
-            if view == NEWLINE:
-                row, column, name = next(rows), columns * side, "the tiles" if self.canvas else "the base view"
-                left = NEWLINE_GAP + (boxes[-1].right if order[index - 1][0] > 0 else panel.right)
-                _, top = corner(panel, row, 0)
-                boxes.append(
-                    Box(left, top, left + NEWLINE_WIDTH, top + span, row, column, name, *place, is_newline=True)
-                )
-                continue
-            tile_row, tile_column = divmod(view - 1, columns) if view else (0, 0)
-            name = f"the tile in row {tile_row + 1}, column {tile_column + 1}" if view else "the base view"
-            left, top = corner(panel, tile_row * side + max(row, 0), tile_column * side + column)
-            if row == CLASS_TOKEN:
-                boxes.append(Box(left, top, left, top, 0, 0, name, *place, is_class_token=True))
+        for index, (kind, is_tile, row, column) in enumerate(order):
+            is_newline, is_class_token = kind == NEWLINE, kind == CLASS_TOKEN
+            panel = panels[-1 if is_tile or is_newline else 0]
+            row = next(rows) if is_newline else row
+            # Past the last token of a view there may be pixels that none sees.
+            left, top = (n // side * self.base.width + n % side * edge for n in (column, row))
+            left, top = panel.left + panel.zoom * left, MARGIN + panel.zoom * top
+            width = height = 0 if is_class_token else panel.zoom * edge
+            view = f"the tile in row {row // side + 1}, column {column // side + 1}" if is_tile else "the base view"
+            if is_newline:
+                left = NEWLINE_GAP + (boxes[-1].right if order[index - 1][1] else panel.right)
+                width, view = NEWLINE_WIDTH, "the tiles" if self.canvas else "the base view"
+                column = panel.picture.width // self.base.width * side
             else:
-                boxes.append(Box(left, top, left + span, top + span, row, column, name, *place))
+                row, column = row % side, column % side
+            area = left, top, left + width, top + height
+            boxes.append(Box(*area, row, column, view, index, len(order), is_newline, is_class_token))
         return boxes
 
     def draw(
@@ -183,8 +172,7 @@ class SeenPicture:
         if tokens == "grid":
             self._draw_lines(drawing, boxes)
         picture = Image.fromarray(drawing.round().astype(np.uint8))
-        if chosen is not None and not boxes[chosen].is_class_token:
-            box = boxes[chosen]
+        if chosen is not None and not (box := boxes[chosen]).is_class_token:
             for grown, color in ((3, "black"), (2, CHOSEN_COLOR), (1, CHOSEN_COLOR), (0, "black")):
                 outline = box.left - grown, box.top - grown, box.right - 1 + grown, box.bottom - 1 + grown
                 ImageDraw.Draw(picture).rectangle(outline, outline=color)
@@ -195,12 +183,18 @@ class SeenPicture:
         at = (box.index for box in self.boxes(scale) if box.left <= x < box.right and box.top <= y < box.bottom)
         return next(at, None)
 
-    def _order(self, side: int) -> list[tuple[int, int, int]]:
-        """(view, row, column) of each token as the model reads them; `NEWLINE` in place of a view; a class token's row is -1."""
-        tokens = [(row, column) for row in range(side) for column in range(side)]
-        tokens = [(CLASS_TOKEN, 0)] * self.layout.keeps_class_token + tokens
-        views = [[(view, row, column) for row, column in tokens] for view in range(self.layout.num_tiles)]
-        newline = torch.tensor([NEWLINE, 0, 0]) if self.layout.merge_type == "spatial_unpad" else None
+    def _order(self, side: int) -> list[list[int]]:
+        """What each token is, whether it is of a tile, and its row and column in the base view or over all tiles, as it is read.
+
+        A class token's row and column are its view's first.
+        """
+        views = []
+        for number in range(self.layout.num_tiles):
+            tile = divmod(number - 1, self.layout.grid[1]) if number else (0, 0)
+            rows, columns = (range(n * side, (n + 1) * side) for n in tile)
+            class_token = [(CLASS_TOKEN, number > 0, rows[0], columns[0])] * self.layout.keeps_class_token
+            views.append(class_token + [(PATCHES, number > 0, row, column) for row in rows for column in columns])
+        newline = torch.tensor([NEWLINE, 0, 0, 0]) if self.layout.merge_type == "spatial_unpad" else None
         return self.layout.merge(torch.tensor(views), newline).tolist()
 
     @property
@@ -214,18 +208,15 @@ class SeenPicture:
 
     def _draw_lines(self, drawing: np.ndarray, boxes: list[Box]) -> None:
         """A light line beside a dark one, of which one is seen on any pixels: thin ones around tokens, thick ones around tiles."""
-        panels, tile = self._panels, self.base.width
         outlined = [(*box.region, 1) for box in boxes]
-        for panel in panels[1:]:
-            edge = tile * panel.zoom
+        for panel in self._panels[1:]:
+            edge = self.base.width * panel.zoom
             lefts, tops = range(panel.left, panel.right, edge), range(MARGIN, panel.bottom, edge)
             outlined += [(slice(top, top + edge), slice(left, left + edge), 2) for top in tops for left in lefts]
-        for rows, columns, width in outlined:
+        for rows, columns, w in outlined:
             area = drawing[rows, columns]
-            for part, color, strength in (
-                (area[-width:], 0, 0.5), (area[:, -width:], 0, 0.5), (area[:width], 255, 0.6), (area[:, :width], 255, 0.6),
-            ):  # fmt: skip
-                part += max(strength, 0.45 * width) * (color - part)
+            for line, color in ((area[-w:], 0), (area[:, -w:], 0), (area[:w], 255), (area[:, :w], 255)):
+                line += (0.55 if w == 1 else 0.9) * (color - line)
 
 
 def see(processor: "M3LlavaProcessor", picture: Image.Image) -> SeenPicture:
@@ -239,35 +230,28 @@ def see(processor: "M3LlavaProcessor", picture: Image.Image) -> SeenPicture:
     views = _as_bytes(pixels.reshape(-1, *pixels.shape[-3:])[: layout.num_tiles].cpu(), processor.image_processor)
     canvas = None
     if layout.num_tiles > 1:
-        rows, columns = layout.grid
-        side = views.shape[1]
+        (rows, columns), side = layout.grid, views.shape[1]
         tiles = views[1:].reshape(rows, columns, side, side, 3).transpose(0, 2, 1, 3, 4)
         canvas = Image.fromarray(tiles.reshape(rows * side, columns * side, 3))
-    scales = tuple(sorted(processor.visual_token_scales))
-    return SeenPicture(Image.fromarray(views[0]), canvas, layout, processor.patch_size, scales)
+    base, scales = Image.fromarray(views[0]), tuple(sorted(processor.visual_token_scales))
+    return SeenPicture(base, canvas, layout, processor.patch_size, scales)
 
 
 @torch.no_grad()
 def similarities(
     model: "M3LlavaForConditionalGeneration", encoded: "M3LlavaEncodedImages", token: int, scale: int
 ) -> list[float]:
-    """Cosine similarity of one visual token to each of its picture's, newlines included, as the language model gets them.
+    """Cosine similarity of a visual token, by its index, to each of its picture's at `scale` tokens per view, newlines included.
 
-    Args:
-        encoded: what `model.encode_images` returned of one picture.
-        token: its index among the picture's tokens.
-        scale: visual tokens per view.
-
-    Raises:
-        ValueError: for several pictures, a scale that is not offered, or a token that is none.
+    `encoded` is what `model.encode_images` returned of one picture. Raises `ValueError` for several, for a scale that is not
+    offered, and for a token that is none.
     """
     if len(encoded.layouts) != 1:
         raise ValueError(f"These are {len(encoded.layouts)} pictures, encoded: similarities are of one.")
     [features] = model.get_visual_tokens(encoded, scale)
     if token not in range(len(features)):
         raise ValueError(f"token={token!r} must be the index of a token, from 0 to {len(features) - 1}.")
-    features = features.float()
-    return cosine_similarity(features[token], features).clamp(-1, 1).tolist()
+    return cosine_similarity(features[token].float(), features.float()).clamp(-1, 1).tolist()
 
 
 class _Panel(NamedTuple):
@@ -302,18 +286,14 @@ def _as_bytes(views: torch.Tensor, image_processor: Any) -> np.ndarray:
 
 def _viridis(value: float) -> np.ndarray:
     """The colour of a number from -1 to 1."""
-    return np.array([np.interp(value, np.linspace(-1, 1, len(VIRIDIS)), channel) for channel in VIRIDIS.T])
+    channels = np.frombuffer(VIRIDIS, np.uint8).reshape(-1, 3).T
+    return np.array([np.interp(value, np.linspace(-1, 1, len(channel)), channel) for channel in channels])
 
 
 def _check_values(tokens: str, values: Sequence[float] | None, num_tokens: int) -> None:
-    if tokens != "similarity":
-        if values is not None:
-            raise ValueError(f'tokens={tokens!r} draws no values: leave them out, or use tokens="similarity".')
-        return
-    if values is None or len(values) != num_tokens:
-        raise ValueError(
-            f'tokens="similarity" needs {num_tokens} values, one for each token: there are {len(values or ())}.'
-        )
-    wrong = [value for value in values if not -1 <= value <= 1]
+    needed, given = num_tokens if tokens == "similarity" else 0, () if values is None else values
+    if len(given) != needed:
+        raise ValueError(f"tokens={tokens!r} takes {needed} values, one for each token to colour, not {len(given)}.")
+    wrong = [value for value in given if not -1 <= value <= 1]
     if wrong:
         raise ValueError(f"values hold {wrong[0]!r}: each must be from -1 to 1.")

@@ -38,6 +38,10 @@ def torchvision_operators() -> torch.library.Library | None:
 OPERATORS = torchvision_operators() if find_spec("torchvision") else None  # kept: what it declares goes with it
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", help="Folder for pictures of m3-demo's tabs, which go to a temporary one otherwise.")
+
+
 @cache
 def golden(name: str) -> dict[str, Any]:
     """A JSON file of the goldens' `expected` folder."""

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from modeling_m3.visual_tokens import AUTO
+
+AUTO = "auto"  # as modeling_m3.visual_tokens has it, which brings torch: the page is there before that
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,16 @@ class Person:
         kept: what a model remembers of the chat.
         chat: what was said.
         drawing: the file of the picture that was drawn last.
+        tab: that is open.
+        is_gone: whether the page was closed, maybe while an answer was under way.
     """
 
     stop: threading.Event = field(default_factory=threading.Event)
     kept: Any = None
     chat: Any = None
     drawing: str = ""
+    tab: str = ""
+    is_gone: bool = False
 
 
 class Model(Protocol):
@@ -131,7 +136,6 @@ class Model(Protocol):
     default: int | str
     processor: Any  # None where pictures cannot be shown as the model sees them
     facts: str  # what is said about it once it is there
-    at_once: int  # answers that are worked on together
 
     def load(self, tell: Any) -> None:
         """Gets ready; `tell(words, share)` hears how far it is, share from 0 to 1 or None."""
@@ -156,6 +160,3 @@ class Compared:
     answers: dict[int | str, Answer]
     encoding_seconds: float | None = None
     encoding_flops: float | None = None
-
-
-__all__ = ["AUTO", "Answer", "Compared", "Cost", "Message", "Model", "Person", "Picture", "Settings"]

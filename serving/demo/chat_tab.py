@@ -42,7 +42,7 @@ def chat_tab(shared: Shared, tab: gr.Tab) -> None:
     send, _ = shared.ask_and_stop("Send")
     with gr.Row(elem_classes="m3-buttons"):
         retry, anew = gr.Button("Retry", size="md", interactive=False), gr.Button("New chat", size="md")
-    shared.buttons.append(retry)
+    shared.waits(retry)
     with gr.Accordion("Picture for the next message", open=True):
         picture = picture_input("Picture of the chat", 200, "m3-chat-picture")
         shared.registers(picture)
@@ -50,8 +50,8 @@ def chat_tab(shared: Shared, tab: gr.Tab) -> None:
         add = gr.Button("Add another picture", size="md", elem_classes="m3-copy")
 
     def take(request: gr.Request, upload: Upload | None, scale: int | str | None) -> Iterator[dict[Any, Any]]:
-        chat = _chat(shared.people.of(request, upload and upload.path))
-        chat.waiting.append((shared.opened(upload, scale), upload.path))
+        chat = _chat(shared.people.of(request, upload and upload["path"]))
+        chat.waiting.append((shared.opened(upload, scale), upload["path"]))
         names = ", ".join(f"{held.name} at {held.num_visual_tokens}" for held, _ in chat.waiting)
         yield {picture: None, problem: notes_html(f"With the next message: {names}.")}
 
@@ -60,7 +60,7 @@ def chat_tab(shared: Shared, tab: gr.Tab) -> None:
     ) -> Iterator[dict[Any, Any]]:
         person = shared.person(request, upload)
         chat, how = _chat(person), settings_of(*settings)
-        new = [*chat.waiting, *([(shared.opened(upload, scale), upload.path)] if upload else [])]
+        new = [*chat.waiting, *([(shared.opened(upload, scale), upload["path"])] if upload else [])]
         message = Message("user", asked(words), tuple(held for held, _ in new))
         before = list(chat.shown)
         for held, file in new:

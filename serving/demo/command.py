@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
 import threading
+import time
+from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
@@ -14,6 +17,8 @@ import typer
 from m3_conversion.__main__ import VERSION
 from m3_conversion.signals import handling_signals
 
+from .asking import Model
+from .loading import Loading
 from .people import People, private_folder
 
 
@@ -59,6 +64,7 @@ def demo(
     show_version: Annotated[bool, VERSION] = False,
 ) -> None:
     """Opens a page on which a checkpoint answers about pictures, at every number of visual tokens."""
+    gc.disable()  # while modules are imported, of which it would free nothing, a quarter of the time goes into it
     logging.basicConfig(format="m3-demo: %(message)s", level=logging.WARNING)
     stopped = threading.Event()
     received: list[int] = []
@@ -67,17 +73,21 @@ def demo(
         received.append(signum)
         stopped.set()
 
+    def loaded() -> None:
+        gc.freeze()
+        gc.enable()
+        if loading.error is not None:
+            stopped.set()
+
     try:
+        make, at_once = _answering(model, server, api_key, quantize, dtype, revision, device)
+        loading = Loading(make, loaded)
+        launch = {"server_name": host, "server_port": port, "share": share, "inbrowser": open_browser}
         with handling_signals(stop), private_folder() as files:
-            _serve(
-                stopped,
-                _answering(model, server, api_key, quantize, dtype, revision, device),
-                People(files),
-                users,
-                max_upload * 10**6,
-                {"server_name": host, "server_port": port, "share": share, "inbrowser": open_browser},
-            )
-    except (ValueError, OSError, ImportError) as error:
+            _serve(stopped, loading, People(files), users, at_once, max_upload * 10**6, launch)
+        if loading.error is not None:
+            raise loading.error
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
         if debug:
             raise
         print(f"m3-demo: {' '.join(str(error).split())}", file=sys.stderr)
@@ -99,36 +109,46 @@ def _answering(
     dtype: str | None,
     revision: str | None,
     device: str | None,
-) -> Any:
+) -> tuple[Callable[[], Model], int]:
+    """What makes the model, and how many answers it works on together."""
     if server is None:
-        from .local_model import LocalModel
 
-        return LocalModel(model, quantize, dtype, revision, device)
+        def local_model() -> Model:
+            from .local_model import LocalModel  # with torch, after the page
+
+            return LocalModel(model, quantize, dtype, revision, device)
+
+        return local_model, 1  # two answers would share the processor, and each come later
     of_weights = {"--quantize": quantize, "--dtype": dtype, "--device": device}
     given = [option for option, value in of_weights.items() if value is not None]
     if given:
         raise ValueError(f"{', '.join(given)} are for a checkpoint in this process: the server has loaded its own.")
     from .server_model import ServerModel
 
-    return ServerModel(server, api_key=api_key, checkpoint=model, revision=revision)
+    answering = ServerModel(server, api_key=api_key, checkpoint=model, revision=revision)
+    return lambda: answering, ServerModel.at_once
 
 
 def _serve(
-    stopped: threading.Event, model: Any, people: People, users: int, most_bytes: int, launch: dict[str, Any]
+    stopped: threading.Event,
+    loading: Loading,
+    people: People,
+    users: int,
+    at_once: int,
+    most_bytes: int,
+    launch: dict[str, Any],
 ) -> None:
-    """Until a signal."""
+    """Until a signal, or until there is no model to be had."""
     # Before gradio is imported, which reads them then.
     os.environ |= {"GRADIO_TEMP_DIR": str(people.folder), "GRADIO_ANALYTICS_ENABLED": "False"}
     from starlette.middleware import Middleware
 
     from .guard import Guard
-    from .loading import Loading
     from .page import HEAD, STYLE, THEME, build
 
-    loading = Loading(model)
     loading.start()
     public = launch["share"] or not is_loopback(launch["server_name"])
-    page = build(model, loading, people, users, most_bytes, public)
+    page = build(loading, people, users, at_once, most_bytes, public)
     people.keep_what_is_there()
     _, address, shared = page.queue(max_size=users, api_open=False).launch(
         **launch,
@@ -149,6 +169,8 @@ def _serve(
     print(f"m3-demo: {shared or address}", flush=True)
     try:
         stopped.wait()
+        if loading.error is not None:
+            time.sleep(1)  # for pages that are open to tell it
     finally:
         page.close(verbose=False)
 

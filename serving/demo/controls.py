@@ -13,7 +13,8 @@ from typing import Any
 
 import gradio as gr
 
-from .asking import Model, Person, Picture, Settings
+from .asking import AUTO, Model, Person, Picture, Settings
+from .loading import Loading
 from .people import People, open_upload
 from .rendering import problem_html
 
@@ -22,41 +23,15 @@ logger = logging.getLogger(__name__)
 
 EXPECTED = (ValueError, OSError, ImportError, NotImplementedError)  # their sentences are for users
 
+LENGTHS, TEMPERATURES, BEAMS = (1, 1024), (0, 2), (1, 8)  # from which to which
 
-@dataclass(frozen=True)
-class Upload:
-    """A file that somebody uploaded, and its name there."""
-
-    path: str
-    name: str
+Upload = dict[str, Any]  # what gradio says about a file that somebody uploaded: its "path" here, its "orig_name" there
 
 
 def picture_input(label: str, height: int, elem_id: str) -> gr.Image:
     """By upload, from the clipboard or the camera. Handlers get an `Upload`."""
     sources = ["upload", "clipboard", "webcam"]
-    return _as_uploaded(
-        gr.Image(label=label, height=height, elem_id=elem_id, sources=sources, type="filepath", buttons=[])
-    )
-
-
-def video_input(label: str, height: int, elem_id: str) -> gr.Video:
-    """By upload. Handlers get an `Upload`."""
-    return _as_uploaded(gr.Video(label=label, height=height, elem_id=elem_id, sources=["upload"], buttons=[]))
-
-
-def _as_uploaded(medium: Any) -> Any:
-    """Gives handlers the file as it is: `m3-ask` and we open it alike, with a sentence where it is none.
-
-    On the object and not in a class of our own: gradio writes a file of types beside the code of each.
-    """
-
-    def preprocess(payload: Any) -> Upload | None:
-        if payload is None or payload.path is None:
-            return None
-        return Upload(payload.path, payload.orig_name or Path(payload.path).name)
-
-    medium.preprocess = preprocess
-    return medium
+    return gr.Image(label=label, height=height, elem_id=elem_id, sources=sources, type="filepath", buttons=[])
 
 
 @dataclass
@@ -66,28 +41,51 @@ class Shared:
     Attributes:
         picture, question: of the tabs about one picture.
         settings: the controls under "More", in the order that `settings_of` takes.
-        numbers: controls that offer the checkpoint's numbers of visual tokens, filled once it is there; and whether "auto" is one.
-        buttons: that can be pressed from then on.
+        fills: controls that wait for the model, and what they are once it is there.
     """
 
-    model: Model
+    loading: Loading
     people: People
+    at_once: int
     settings: list[gr.components.Component]
     picture: gr.Image | None = None
     question: gr.Textbox | None = None
-    numbers: list[tuple[gr.Radio, bool]] = field(default_factory=list)
-    buttons: list[gr.Button] = field(default_factory=list)
+    fills: dict[gr.components.Component, Callable[[], dict[str, Any]]] = field(default_factory=dict)
 
-    def number_control(self, label: str, info: str | None = None, auto: bool = True) -> gr.Radio:
+    @property
+    def model(self) -> Model:
+        """Handlers are called once it is there."""
+        return self.loading.model
+
+    def number_control(self, label: str, info: str | None = None, auto: bool = True, among: int = 1) -> gr.Radio:
+        """Offers the checkpoint's numbers of visual tokens, once it is there.
+
+        Args:
+            auto: whether "auto" is one of them.
+            among: how many frames share what one picture may cost, at first.
+        """
         radio = gr.Radio([], label=label, info=info, elem_classes="m3-numbers")
-        self.numbers.append((radio, auto))
+
+        def filled() -> dict[str, Any]:
+            model = self.model
+            value = model.default
+            if among > 1 or (value == AUTO and not auto):
+                fitting = [scale for scale in model.scales if scale * among <= max(model.scales)]
+                value = max(fitting, default=min(model.scales))
+            return gr.update(choices=[*model.scales, *([AUTO] if auto and model.offers_auto else [])], value=value)
+
+        self.fills[radio] = filled
         return radio
+
+    def waits(self, button: gr.Button) -> None:
+        """Has a button be pressed only once the model is there."""
+        self.fills[button] = functools.partial(gr.update, interactive=True)
 
     def ask_and_stop(self, text: str) -> tuple[gr.Button, gr.Button]:
         """A button that asks the model, and one that ends what it says."""
         with gr.Row(elem_classes="m3-buttons"):
             ask, stop = gr.Button(text, variant="primary", size="md", interactive=False), gr.Button("Stop", size="md")
-        self.buttons.append(ask)
+        self.waits(ask)
         stop.click(self._stop, queue=False, show_progress="hidden", api_visibility="private")
         return ask, stop
 
@@ -103,35 +101,55 @@ class Shared:
         """Has a handler answer to events, in the queue for the model, with its errors as sentences in the component `where`."""
         return gr.on(
             triggers,
-            in_sentences(handler, where),
+            self.answering(handler, where),
             inputs,
             outputs,
             concurrency_id="model",
-            concurrency_limit=self.model.at_once,
+            concurrency_limit=self.at_once,
             show_progress="minimal",
             show_progress_on=where,
             trigger_mode=trigger_mode,
+            preprocess=False,  # gradio would open pictures its own way; whether they were uploaded it has checked
             api_visibility="private",
         )
+
+    def answering(self, handler: Callable[..., Iterable[Any]], where: Any) -> Callable[..., Iterator[Any]]:
+        """A handler whose errors appear as sentences in a component; those that nobody expected are told to the log as well."""
+
+        @functools.wraps(handler)  # gradio looks at its signature
+        def told(request: gr.Request, *args: Any) -> Iterator[Any]:
+            person = self.people.of(request)
+            try:
+                yield from handler(request, *args)
+            except EXPECTED as error:
+                yield {where: problem_html(" ".join(str(error).split()))}
+            except Exception:
+                logger.exception("an answer failed")
+                yield {where: problem_html("This failed, and not by your doing. What the command printed says why.")}
+            finally:
+                if person.is_gone:  # what was made since then goes, too
+                    self.people.forget(request)
+
+        return told
 
     def registers(self, medium: gr.components.Component) -> None:
         """Has the file of an upload go with who uploaded it, whether or not anything is asked about it."""
 
         def uploaded(upload: Upload | None, request: gr.Request) -> None:
-            self.people.of(request, upload and upload.path)
+            self.people.of(request, upload and upload["path"])
 
-        medium.upload(uploaded, medium, queue=False, show_progress="hidden", api_visibility="private")
+        medium.upload(uploaded, medium, queue=False, show_progress="hidden", preprocess=False, api_visibility="private")
 
     def person(self, request: gr.Request, *uploads: Upload | None) -> Person:
         """Whose event this is, ready for an answer."""
-        person = self.people.of(request, *(upload and upload.path for upload in uploads))
+        person = self.people.of(request, *(upload and upload["path"] for upload in uploads))
         person.stop.clear()
         return person
 
     def opened(self, upload: Upload | None, number: int | str | None) -> Picture:
         if upload is None:
             raise ValueError("There is no picture yet: upload one, paste it, or take an example.")
-        return open_upload(upload.path, upload.name, self.model.default if number is None else number)
+        return open_upload(upload["path"], name_of(upload), self.model.default if number is None else number)
 
     def _stop(self, request: gr.Request) -> None:
         self.people.of(request).stop.set()
@@ -141,14 +159,24 @@ def more_settings() -> list[gr.components.Component]:
     """Controls that are not shown yet."""
     return [
         gr.Textbox("", label="System prompt", lines=2, render=False),
-        gr.Slider(1, 1024, 256, step=1, label="Length of the answer at most, in tokens", render=False),
-        gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0: always the likeliest word", render=False),
-        gr.Slider(1, 8, 1, step=1, label="Beams", info="More than 1: an answer appears as a whole", render=False),
+        gr.Slider(*LENGTHS, 256, step=1, label="Length of the answer at most, in tokens", render=False),
+        gr.Slider(*TEMPERATURES, 0, step=0.1, label="Temperature", info="0: always the likeliest word", render=False),
+        gr.Slider(*BEAMS, 1, step=1, label="Beams", info="More than 1: an answer appears as a whole", render=False),
     ]
 
 
 def settings_of(system: str, length: float, temperature: float, beams: float) -> Settings:
-    return Settings(system.strip(), int(length), float(temperature), int(beams))
+    """Raises `ValueError` for numbers that the controls do not let people choose: they come from a browser."""
+    given = {"length": (length, LENGTHS), "temperature": (temperature, TEMPERATURES), "beams": (beams, BEAMS)}
+    for name, (value, (least, most)) in given.items():
+        if type(value) not in (int, float) or not least <= value <= most:
+            raise ValueError(f"{name}={value!r} must be a number from {least} to {most}.")
+    return Settings(str(system).strip(), int(length), float(temperature), int(beams))
+
+
+def name_of(upload: Upload) -> str:
+    """Of the file, where it came from."""
+    return upload.get("orig_name") or Path(upload["path"]).name
 
 
 def asked(question: str) -> str:
@@ -165,22 +193,6 @@ def python_lines() -> gr.Textbox:
     copy = gr.Button("Copy as Python", size="sm", elem_classes="m3-copy")
     copy.click(None, lines, js="(lines) => window.m3Copy(lines)", api_visibility="private")
     return lines
-
-
-def in_sentences(handler: Callable[..., Iterable[Any]], where: Any) -> Callable[..., Iterator[Any]]:
-    """A handler whose errors appear as sentences in a component; those that nobody expected are told to the log as well."""
-
-    @functools.wraps(handler)
-    def told(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        try:
-            yield from handler(*args, **kwargs)
-        except EXPECTED as error:
-            yield {where: problem_html(" ".join(str(error).split()))}
-        except Exception:
-            logger.exception("an answer failed")
-            yield {where: problem_html("This failed, and not by your doing. What the command printed says why.")}
-
-    return told
 
 
 def paced(answers: Iterator[Any], every: float = 0.05) -> Iterator[Any]:

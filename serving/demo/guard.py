@@ -17,9 +17,9 @@ EVENTS = re.compile(
 FILES = "/gradio_api/file="
 # A browser loads nothing from elsewhere, whatever an answer or a library would have it do.
 POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "default-src 'self'; script-src 'self' blob: 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
-    "object-src 'none'; base-uri 'self'; form-action 'none'"
+    "connect-src 'self' blob: data:; object-src 'none'; base-uri 'self'; form-action 'none'"
 )
 
 

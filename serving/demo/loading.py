@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from .asking import Model
 
@@ -14,21 +14,33 @@ logger = logging.getLogger(__name__)
 class Loading:
     """Of one model.
 
+    Args:
+        make: the model, not loaded yet; called in the thread, since it may import much.
+        done: called at the end, whether or not it is there.
+
     Attributes:
+        model: once `is_ready`.
         words, share: how far it is, the share from 0 to 1 or None.
-        error: a sentence, where it cannot be had.
+        error: why it cannot be had.
     """
 
-    def __init__(self, model: Model):
-        self.model, self.words, self.share, self.error = model, "Starting", None, ""
-        self._done = threading.Event()
+    model: Model
+
+    def __init__(self, make: Callable[[], Model], done: Callable[[], None]):
+        self.words, self.share, self.error = "Starting", None, None
+        self._make, self._tell_end, self._done = make, done, threading.Event()
 
     def start(self) -> None:
         threading.Thread(target=self._load, daemon=True).start()
 
     @property
     def is_ready(self) -> bool:
-        return self._done.is_set() and not self.error
+        return self._done.is_set() and self.error is None
+
+    @property
+    def sentence(self) -> str:
+        """The error."""
+        return "" if self.error is None else " ".join(str(self.error).split())
 
     def changes(self, every: float = 0.25) -> Iterator[None]:
         """Once now, then whenever there is something new, until it is done."""
@@ -41,20 +53,17 @@ class Loading:
                 return
             self._done.wait(every)
 
-    def wait(self) -> None:
-        self._done.wait()
-
     def _load(self) -> None:
         begin = time.perf_counter()
         try:
-            self.model.load(self._tell)
-            logger.warning("%s is ready after %.1f s", self.model.name, time.perf_counter() - begin)
-        except (ValueError, OSError, ImportError, NotImplementedError) as error:
-            self.error = " ".join(str(error).split())
-        except Exception:
-            logger.exception("loading failed")
-            self.error = f"{self.model.name} cannot be loaded: what the command printed says why."
+            model = self._make()
+            model.load(self._tell)
+            self.model = model
+            logger.warning("%s is ready after %.1f s", model.name, time.perf_counter() - begin)
+        except Exception as error:  # it is told on the page and where the command was started
+            self.error = error
         self._done.set()
+        self._tell_end()
 
     def _tell(self, words: str, share: float | None) -> None:
         self.words, self.share = words, share

@@ -32,6 +32,7 @@ from .stepwise import StepwiseAnswer
 
 Tell = Callable[[str, float | None], None]
 OF_PICTURES = ("pixel_values", "image_sizes", "image_tile_grids", "num_visual_tokens")
+CHATS_AT_MOST = 8  # whose keys and values are kept; an older chat is computed anew with its next turn
 ENCODED_AT_MOST = 8  # pictures whose features are kept, for the next click into one of them
 
 
@@ -44,8 +45,6 @@ class LocalModel:
         device: where to run; the GPU if there is one, if None.
     """
 
-    at_once = 1  # two answers would share the processor, and each come later
-
     def __init__(
         self,
         checkpoint: str | None = None,
@@ -57,6 +56,7 @@ class LocalModel:
         self.checkpoint, self.options = checkpoint, {"quantize": quantize, "dtype": dtype, "revision": revision}
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._encoded: OrderedDict[str, M3LlavaEncodedImages] = OrderedDict()
+        self._remembered: list[Person] = []
         self._counts_flops, self._flops = False, 0.0
 
     @property
@@ -115,6 +115,10 @@ class LocalModel:
         cache = getattr(output, CACHE_NAME, None)
         if remembers and can_be_cut(cache):
             person.kept = ChatCache(output.sequences[0, : cache.get_seq_length()].tolist(), keys, cache)
+            self._remembered = [*(other for other in self._remembered if other is not person), person]
+            for other in self._remembered[:-CHATS_AT_MOST]:
+                other.kept = None
+            self._remembered = self._remembered[-CHATS_AT_MOST:]
 
     def compare(self, picture: Picture, question: str, settings: Settings, person: Person) -> Iterator[Compared]:
         encoded, seconds, flops = self._encode(picture)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import gradio as gr
 from PIL import ImageOps
 
-from modeling_m3.pictures import open_pictures
-
 from .ask_tab import ask_tab, compare_tab
-from .asking import AUTO, Model
 from .chat_tab import chat_tab
-from .controls import Shared, in_sentences, more_settings, picture_input
+from .controls import Shared, more_settings, picture_input
 from .fetching import fetch
 from .loading import Loading
 from .people import People
@@ -52,41 +50,57 @@ THEME = gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=MONO).set(
     color_accent="*primary_600",
     button_transition="none",
 )
-HEADER = """<header class="m3-header"><h1>M3</h1><p>One picture, as many visual tokens as you choose.</p></header>
-<p id="m3-said" role="status"></p>"""
-# Copying is not let to pages without https by browsers. The names of gradio's controls are mended for screen readers: a drop zone
-# is named otherwise than it reads, and a button lies in a button.
+HEADER = """<header class="m3-header">
+<h1>M3</h1><p>One picture, as many visual tokens as you choose.</p><p id="m3-said" role="status"></p>
+</header>"""
+# gradio's own style cannot be told of what is around the page's parts. Its controls are named for screen readers where they are
+# not, and a button in a button is none.
 HEAD = """
+<style>
+@media (max-width: 600px) {
+  .gradio-container > .main.app { padding: 0.75rem; }
+  .gradio-container .tab-container button { padding: 0 0.6rem; }
+}
+.dark .tab-container button.selected { color: var(--primary-300); }
+footer { display: none; }
+</style>
 <script>
-new MutationObserver(() => {
-  for (const zone of document.querySelectorAll("button[aria-dropeffect][aria-label]")) zone.removeAttribute("aria-label");
-  for (const toast of document.querySelectorAll(".toast-header[role]")) toast.removeAttribute("role");
-}).observe(document.documentElement, { childList: true, subtree: true });
+const m3Examples = EXAMPLES;
 window.m3Copy = async (text) => {
   const say = (words) => { document.getElementById("m3-said").textContent = words; };
   try { await navigator.clipboard.writeText(text); say("The Python lines are copied."); }
   catch { say("This browser does not let the page copy: open \\u201cThe same in Python\\u201d and copy from there."); }
 };
+new MutationObserver(() => {
+  for (const zone of document.querySelectorAll("button[aria-dropeffect][aria-label]")) zone.removeAttribute("aria-label");
+  for (const toast of document.querySelectorAll(".toast-header[role]")) toast.removeAttribute("role");
+  for (const group of document.querySelectorAll("fieldset")) {
+    group.ariaLabel ??= group.querySelector("[data-testid=block-info]")?.innerText;
+    const [first, ...others] = group.querySelectorAll("input[type=radio]");
+    for (const radio of others) if (radio.name !== first.name) radio.name = first.name;
+  }
+  for (const shown of document.querySelectorAll("#m3-talk button:not([aria-label])"))
+    if (!shown.innerText.trim()) shown.ariaLabel = shown.querySelector("img")?.alt || "Picture";
+  document.querySelectorAll("#m3-examples button").forEach((button, index) => { button.ariaLabel ??= m3Examples[index]; });
+}).observe(document.documentElement, { childList: true, subtree: true });
 </script>
-"""
+""".replace("EXAMPLES", json.dumps([f"Example: {question}" for question in QUESTIONS.values()]))
 
 
-def build(model: Model, loading: Loading, people: People, users: int, most_bytes: int, public: bool) -> gr.Blocks:
+def build(loading: Loading, people: People, users: int, at_once: int, most_bytes: int, public: bool) -> gr.Blocks:
     """The page.
 
     Args:
-        model: that answers; it may still be loading.
-        loading: of it.
+        loading: of the model that answers.
         people: who has the page open.
         users: that may wait for an answer.
+        at_once: answers that the model works on together.
         most_bytes: of an upload.
         public: whether others than this machine's users can see the page.
     """
-    shared = Shared(model, people, more_settings())
+    shared = Shared(loading, people, at_once, more_settings())
     with gr.Blocks(title="M3: dial the visual tokens", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.HTML(
-            '<header class="m3-header"><h1>M3</h1><p>One picture, as many visual tokens as you choose.</p></header>'
-        )
+        gr.HTML(HEADER)
         status = gr.HTML(status_html("Starting", None, False, ""))
         with gr.Row(elem_classes="m3-main"):
             with gr.Column(scale=2, min_width=260) as left:
@@ -97,7 +111,7 @@ def build(model: Model, loading: Loading, people: People, users: int, most_bytes
                         with gr.Tab(name) as tab:
                             fill(shared, tab)
                         tab.select(
-                            functools.partial(gr.update, visible=name not in WITHOUT_PICTURE),
+                            _opening(people, name),
                             outputs=left,
                             queue=False,
                             show_progress="hidden",
@@ -109,25 +123,15 @@ def build(model: Model, loading: Loading, people: People, users: int, most_bytes
 
         def load() -> Iterator[dict[Any, Any]]:
             for _ in loading.changes():
-                yield {status: status_html(loading.words, loading.share, False, loading.error)}
+                yield {status: status_html(loading.words, loading.share, False, loading.sentence)}
             if loading.is_ready:
-                auto, finest = [AUTO] * model.offers_auto, max(model.scales)
-                words = f"{model.name}: {model.facts}. Up to {users} people may wait for an answer."
-                yield {
-                    status: status_html(words, None, True, ""),
-                    **{
-                        radio: gr.update(
-                            choices=[*model.scales, *(auto if may_be_auto else [])],
-                            value=finest if model.default == AUTO and not may_be_auto else model.default,
-                        )
-                        for radio, may_be_auto in shared.numbers
-                    },
-                    **{button: gr.update(interactive=True) for button in shared.buttons},
-                }
+                words = f"{loading.model.name}: {loading.model.facts}. Up to {users} people may wait for an answer."
+                fills = {control: fill() for control, fill in shared.fills.items()}
+                yield {status: status_html(words, None, True, ""), **fills}
 
         page.load(
             load,
-            outputs=[status, *(radio for radio, _ in shared.numbers), *shared.buttons],
+            outputs=[status, *shared.fills],
             concurrency_limit=None,
             show_progress="hidden",
             api_visibility="private",
@@ -140,6 +144,16 @@ def build(model: Model, loading: Loading, people: People, users: int, most_bytes
     return page
 
 
+def _opening(people: People, name: str) -> Callable[[gr.Request], dict[str, Any]]:
+    """Shows the picture at the left only beside tabs that are about it."""
+
+    def opened(request: gr.Request) -> dict[str, Any]:
+        people.of(request).tab = name
+        return gr.update(visible=name not in WITHOUT_PICTURE)
+
+    return opened
+
+
 def _picture_and_question(shared: Shared, most_bytes: int, public: bool) -> None:
     shared.picture = picture_input("Picture", 280, "m3-picture")
     shared.registers(shared.picture)
@@ -148,14 +162,16 @@ def _picture_and_question(shared: Shared, most_bytes: int, public: bool) -> None
         get = gr.Button("Load")
         problem = gr.HTML()
     shared.question = gr.Textbox(label="Question", max_lines=6, elem_id="m3-question")
+    copied = copytree(EXAMPLES, shared.people.folder / "examples")  # from where gradio may show them
     examples = gr.Dataset(
         label="Examples",
+        elem_id="m3-examples",
         components=[gr.Image(render=False)],
-        samples=[[str(EXAMPLES / name)] for name in QUESTIONS],
+        samples=[[str(copied / name)] for name in QUESTIONS],
         type="index",
     )
     examples.click(
-        lambda index: (str(EXAMPLES / list(QUESTIONS)[index]), list(QUESTIONS.values())[index]),
+        lambda index: (str(copied / list(QUESTIONS)[index]), list(QUESTIONS.values())[index]),
         examples,
         [shared.picture, shared.question],
         queue=False,
@@ -163,7 +179,9 @@ def _picture_and_question(shared: Shared, most_bytes: int, public: bool) -> None
         api_visibility="private",
     )
 
-    def load(url: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
+    def load(request: gr.Request, url: str) -> Iterator[dict[Any, Any]]:
+        from modeling_m3.pictures import open_pictures
+
         yield {problem: ""}
         content, name = fetch(url, most_bytes, public)
         # transformers, by which m3-ask loads URLs, turns their pictures as their EXIF says.
@@ -174,7 +192,7 @@ def _picture_and_question(shared: Shared, most_bytes: int, public: bool) -> None
 
     gr.on(
         [get.click, url.submit],
-        in_sentences(load, problem),
+        shared.answering(load, problem),
         url,
         [shared.picture, problem],
         concurrency_limit=4,

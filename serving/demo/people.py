@@ -10,8 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from modeling_m3.pictures import open_pictures
-
 from .asking import Person, Picture
 
 
@@ -45,12 +43,13 @@ class People:
         key = str(request.session_hash)
         person, files = self._people.pop(key, None), self._files.pop(key, set())
         if person is not None:
+            person.is_gone, person.kept = True, None
             person.stop.set()
         self._remove(files)
 
     def discard(self, request: Any, file: str) -> None:
         """They need a file no more."""
-        self._files[str(request.session_hash)].discard(file)
+        self._files.get(str(request.session_hash), set()).discard(file)
         self._remove({file})
 
     def _remove(self, files: set[str]) -> None:
@@ -73,6 +72,8 @@ def open_upload(file: str, name: str, num_visual_tokens: int | str) -> Picture:
     Raises:
         ValueError: it is no picture, or broken.
     """
+    from modeling_m3.pictures import open_pictures  # with torch, which the page does not wait for
+
     try:
         content = Path(file).read_bytes()
     except FileNotFoundError:

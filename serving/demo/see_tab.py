@@ -8,8 +8,6 @@ from typing import Any
 
 import gradio as gr
 
-from modeling_m3.overlay import see
-
 from .controls import Shared, Upload
 from .rendering import notes_html
 
@@ -34,6 +32,8 @@ def see_tab(shared: Shared, tab: gr.Tab) -> None:
     def draw(
         request: gr.Request, upload: Upload | None, scale: int | None, what: str, token_number: float
     ) -> Iterator[dict[Any, Any]]:
+        from modeling_m3.overlay import see
+
         person = shared.person(request, upload)
         if upload is None or scale is None:
             yield {
@@ -62,9 +62,17 @@ def see_tab(shared: Shared, tab: gr.Tab) -> None:
         limit = gr.update(maximum=max(2, len(boxes)), value=at + 1)
         yield {shown: str(file), notes: notes_html(words), token: limit}
 
+    def draw_if_open(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+        if shared.people.of(request).tab == "See":
+            yield from draw(request, *values)
+        else:
+            yield {notes: gr.skip()}  # where nothing is yielded gradio empties every output
+
     def choose(
         request: gr.Request, event: gr.SelectData, upload: Upload | None, scale: int | None
     ) -> Iterator[dict[Any, Any]]:
+        from modeling_m3.overlay import see
+
         found = None
         if upload is not None and scale is not None and shared.model.processor is not None:
             seen = see(shared.model.processor, shared.opened(upload, scale).image)
@@ -76,8 +84,9 @@ def see_tab(shared: Shared, tab: gr.Tab) -> None:
 
     outputs = [shown, notes, token, drawing]
     inputs = [shared.picture, number, drawing, token]
-    triggers = [tab.select, shared.picture.change, number.change, drawing.change, token.change]
-    shared.on(triggers, draw, inputs, outputs, notes, trigger_mode="always_last")
+    triggers = [tab.select, number.change, drawing.change, token.change]
+    shared.on(triggers, draw, inputs, outputs, notes, "always_last")
+    shared.on([shared.picture.change], draw_if_open, inputs, outputs, notes, "always_last")
     shared.on([shown.select], choose, [shared.picture, number], outputs, notes)
 
 

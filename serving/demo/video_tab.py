@@ -11,23 +11,19 @@ from typing import Any
 
 import gradio as gr
 
-from modeling_m3.overlay import see
-from modeling_m3.videos import sample_video
-from modeling_m3.visual_tokens import AUTO
-
-from .asking import Message, Person, Picture
-from .controls import Shared, Upload, asked, paced, settings_of, video_input
+from .asking import AUTO, Message, Person, Picture
+from .controls import Shared, Upload, asked, name_of, paced, settings_of
 from .rendering import answer_html, cost_html
 
 
-MOST_FRAMES = 64
+FRAMES, MOST_FRAMES = 6, 64
 
 
 def video_tab(shared: Shared, tab: gr.Tab) -> None:
-    video = video_input("Video", 240, "m3-video")
+    video = gr.Video(label="Video", sources=["upload"], height=240, buttons=[], elem_id="m3-video")
     shared.registers(video)
-    frames = gr.Slider(1, MOST_FRAMES, 6, step=1, label="Frames", info="Evenly spaced")
-    number = shared.number_control("Visual tokens of each frame")
+    frames = gr.Slider(1, MOST_FRAMES, FRAMES, step=1, label="Frames", info="Evenly spaced")
+    number = shared.number_control("Visual tokens of each frame", among=FRAMES)
     question = gr.Textbox(label="Question about the video", max_lines=6)
     ask, _ = shared.ask_and_stop("Ask about the video")
     shown = gr.HTML(answer_html(None))
@@ -35,15 +31,20 @@ def video_tab(shared: Shared, tab: gr.Tab) -> None:
     drawn = gr.HTML()
 
     def sampled(upload: Upload | None, scale: int | str | None, count: float) -> Picture:
+        from modeling_m3.videos import sample_video
+
         if upload is None:
             raise ValueError("There is no video yet: upload one.")
         scale = shared.model.default if scale is None else scale
-        return Picture(sample_video(upload.path, num_frames=int(count)), upload.name, scale, upload.path, is_video=True)
+        if type(count) not in (int, float) or not 1 <= count <= MOST_FRAMES:
+            raise ValueError(f"frames={count!r} must be a number from 1 to {MOST_FRAMES}.")
+        frames = sample_video(upload["path"], num_frames=int(count))
+        return Picture(frames, name_of(upload), scale, upload["path"], is_video=True)
 
     def draw(
         request: gr.Request, upload: Upload | None, count: float, scale: int | str | None
     ) -> Iterator[dict[Any, Any]]:
-        shared.people.of(request, upload and upload.path)
+        shared.people.of(request, upload and upload["path"])
         yield {drawn: "" if upload is None else frames_html(shared.model.processor, sampled(upload, scale, count))}
 
     def answer(
@@ -55,13 +56,17 @@ def video_tab(shared: Shared, tab: gr.Tab) -> None:
         for said in paced(shared.model.answer(messages, how, Person(person.stop))):
             yield {shown: answer_html(said), costs: cost_html(said)}
 
-    shared.on([video.change, frames.release, number.change], draw, [video, frames, number], [drawn], drawn)
+    shared.on(
+        [video.change, frames.release, number.change], draw, [video, frames, number], [drawn], drawn, "always_last"
+    )
     inputs = [video, frames, number, question, *shared.settings]
     shared.on([ask.click, question.submit], answer, inputs, [shown, costs], shown)
 
 
 def frames_html(processor: Any, video: Picture) -> str:
     """The frames with their visual tokens drawn over them, when each is shown, and what it costs."""
+    from modeling_m3.overlay import see
+
     drawings = []
     times = video.image.timestamps or [None] * len(video.image)
     for place, (frame, moment) in enumerate(zip(video.image, times), start=1):

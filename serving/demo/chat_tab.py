@@ -110,7 +110,7 @@ def chat_tab(shared: Shared, tab: gr.Tab) -> None:
     shared.on([send.click, text.submit], say, [text, picture, number, *shared.settings], outputs, problem)
     shared.on([retry.click], again, shared.settings, outputs, problem)
     shared.on([add.click], take, [picture, number], outputs, problem)
-    shared.on([anew.click], forget, [], outputs, problem)
+    shared.on([anew.click, talk.clear], forget, [], outputs, problem)
 
 
 def _chat(person: Person) -> Chat:

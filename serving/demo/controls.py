@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 EXPECTED = (ValueError, OSError, ImportError, NotImplementedError)  # their sentences are for users
 
+DRAWINGS_AT_ONCE = 4
 LENGTHS, TEMPERATURES, BEAMS = (1, 1024), (0, 2), (1, 8)  # from which to which
 
 Upload = dict[str, Any]  # what gradio says about a file that somebody uploaded: its "path" here, its "orig_name" there
@@ -96,19 +97,22 @@ class Shared:
         inputs: list[Any],
         outputs: list[Any],
         where: Any,
-        trigger_mode: str = "once",
+        draws: bool = False,
     ) -> Any:
-        """Has a handler answer to events, in the queue for the model, with its errors as sentences in the component `where`."""
+        """Has a handler answer to events, in a queue, with its errors as sentences in the component `where`.
+
+        One that `draws` does not wait for answers to others, and draws what was chosen last.
+        """
         return gr.on(
             triggers,
             self.answering(handler, where),
             inputs,
             outputs,
-            concurrency_id="model",
-            concurrency_limit=self.at_once,
+            concurrency_id="drawing" if draws else "model",
+            concurrency_limit=DRAWINGS_AT_ONCE if draws else self.at_once,
             show_progress="minimal",
             show_progress_on=where,
-            trigger_mode=trigger_mode,
+            trigger_mode="always_last" if draws else "once",
             preprocess=False,  # gradio would open pictures its own way; whether they were uploaded it has checked
             api_visibility="private",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -57,6 +58,9 @@ class LocalModel:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._encoded: OrderedDict[str, M3LlavaEncodedImages] = OrderedDict()
         self._remembered: list[Person] = []
+        self._computing = (
+            threading.Lock()
+        )  # an answer lets go of it after every token, for who clicks into a picture meanwhile
         self._counts_flops, self._flops = False, 0.0
 
     @property
@@ -89,8 +93,10 @@ class LocalModel:
         self.scales = sorted(self.processor.visual_token_scales)
         self.offers_auto = len(self.scales) > 1
         self.default = self.processor.num_visual_tokens or self.scales[-1]
+        parameters = self.model.num_parameters()
+        size = f"{parameters / 1e9:.3g} billion" if parameters >= 1e9 else f"{parameters / 1e6:.2g} million"
         self.facts = (
-            f"{self.model.num_parameters() / 1e6:,.0f} million parameters, {str(self.model.dtype).removeprefix('torch.')} on "
+            f"{size} parameters, {str(self.model.dtype).removeprefix('torch.')} on "
             f"{self.model.device}, context of {self.config.text_config.max_position_embeddings:,} tokens"
         )
         tell("Warming up", None)  # the first call is slower
@@ -196,10 +202,13 @@ class LocalModel:
         answer = Answer(num_visual_tokens=tuple(number or AUTO for number in numbers))
         cost = Cost() if chooses else Cost(len(prompt) - text, len(prompt))
         try:
-            goes_on, self._flops, self._counts_flops = True, 0.0, True
+            goes_on = True
             while goes_on:
-                goes_on, self._counts_flops = step.step(), False
-                cost = replace(cost, prefill_flops=cost.prefill_flops or self._flops, seconds=step.seconds)
+                with self._computing:
+                    self._flops, self._counts_flops = 0.0, cost.prefill_flops is None
+                    goes_on, self._counts_flops = step.step(), False
+                    flops = self._flops if cost.prefill_flops is None else cost.prefill_flops
+                cost = replace(cost, prefill_flops=flops, seconds=step.seconds)
                 cost = replace(cost, first_token_seconds=step.first_token_seconds, answer_tokens=step.tokens)
                 if not goes_on and chooses:
                     chosen = step.output.num_visual_tokens.tolist()
@@ -210,7 +219,6 @@ class LocalModel:
                     answer = replace(answer, finished=self._end(step))
                 yield replace(answer, text=step.text, cost=cost)
         finally:
-            self._counts_flops = False
             step.close()
         return step.output
 
@@ -232,18 +240,17 @@ class LocalModel:
     def _encode(self, picture: Picture) -> tuple[M3LlavaEncodedImages, float, float]:
         """A picture's features, and the seconds and FLOPs that it took to compute them."""
         inputs = self._inputs([Message("user", "", (replace(picture, num_visual_tokens=self.scales[0]),))], "")
-        self._flops, self._counts_flops = 0.0, True
-        begin = time.perf_counter()
-        with torch.no_grad():
+        with self._computing, torch.no_grad():
+            begin, self._flops, self._counts_flops = time.perf_counter(), 0.0, True
             encoded = self.model.encode_images(
                 inputs["pixel_values"], inputs.get("image_sizes"), inputs["image_tile_grids"]
             )
-        encoded.tile_features.flatten()[0].item()  # a GPU is done by then
-        seconds, self._counts_flops = time.perf_counter() - begin, False
+            encoded.tile_features.flatten()[0].item()  # a GPU is done by then
+            seconds, flops, self._counts_flops = time.perf_counter() - begin, self._flops, False
         self._encoded[picture.key] = encoded
         while len(self._encoded) > ENCODED_AT_MOST:
             self._encoded.popitem(last=False)
-        return encoded, seconds, self._flops
+        return encoded, seconds, flops
 
     def _count_text(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if self._counts_flops:

@@ -61,6 +61,7 @@ HEAD = """
   .gradio-container > .main.app { padding: 0.75rem; }
   .gradio-container .tab-container button { padding: 0 0.6rem; }
 }
+#m3-talk [aria-label=Share] { display: none; }
 .dark .tab-container button.selected { color: var(--primary-300); }
 footer { display: none; }
 </style>

@@ -34,7 +34,7 @@ def see_tab(shared: Shared, tab: gr.Tab) -> None:
     ) -> Iterator[dict[Any, Any]]:
         from modeling_m3.overlay import see
 
-        person = shared.person(request, upload)
+        person = shared.people.of(request, upload and upload["path"])
         if upload is None or scale is None:
             yield {
                 shown: None,
@@ -85,9 +85,9 @@ def see_tab(shared: Shared, tab: gr.Tab) -> None:
     outputs = [shown, notes, token, drawing]
     inputs = [shared.picture, number, drawing, token]
     triggers = [tab.select, number.change, drawing.change, token.change]
-    shared.on(triggers, draw, inputs, outputs, notes, "always_last")
-    shared.on([shared.picture.change], draw_if_open, inputs, outputs, notes, "always_last")
-    shared.on([shown.select], choose, [shared.picture, number], outputs, notes)
+    shared.on(triggers, draw, inputs, outputs, notes, draws=True)
+    shared.on([shared.picture.change], draw_if_open, inputs, outputs, notes, draws=True)
+    shared.on([shown.select], choose, [shared.picture, number], outputs, notes, draws=True)
 
 
 def _views(seen: Any, scale: int) -> str:

@@ -56,9 +56,7 @@ def video_tab(shared: Shared, tab: gr.Tab) -> None:
         for said in paced(shared.model.answer(messages, how, Person(person.stop))):
             yield {shown: answer_html(said), costs: cost_html(said)}
 
-    shared.on(
-        [video.change, frames.release, number.change], draw, [video, frames, number], [drawn], drawn, "always_last"
-    )
+    shared.on([video.change, frames.release, number.change], draw, [video, frames, number], [drawn], drawn, draws=True)
     inputs = [video, frames, number, question, *shared.settings]
     shared.on([ask.click, question.submit], answer, inputs, [shown, costs], shown)
 

@@ -30,6 +30,7 @@ COMMANDS = {
         f"m3-batch --model {{demo}} --input {PICTURE} --question Hello --max-new-tokens 2 --engine generate --output answers",
         "answers/answers-000000.parquet",
     ),
+    "m3-demo": ("m3-demo --help", None),  # what it does is in test_demo.py
     "m3-serve": ("m3-serve --help", None),  # what it does is in test_serve_engine.py
     "m3-cache": ("m3-cache list", None),  # what it does is in test_load.py
     "m3-eval": (

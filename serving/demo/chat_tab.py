@@ -41,8 +41,7 @@ def chat_tab(shared: Shared, tab: gr.Tab) -> None:
     text = gr.Textbox(label="Message", max_lines=6, elem_id="m3-message")
     send, _ = shared.ask_and_stop("Send")
     with gr.Row(elem_classes="m3-buttons"):
-        retry, anew = gr.Button("Retry", size="md", interactive=False), gr.Button("New chat", size="md")
-    shared.waits(retry)
+        retry, anew = gr.Button("Retry", size="md"), gr.Button("New chat", size="md")
     with gr.Accordion("Picture for the next message", open=True):
         picture = picture_input("Picture of the chat", 200, "m3-chat-picture")
         shared.registers(picture)

@@ -9,7 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -21,6 +23,8 @@ from .asking import Model
 from .loading import Loading
 from .people import People, private_folder
 
+
+M3_TINY = "m3_tiny"  # what modeling_m3.default_checkpoint() says, for which torch would have to be imported
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -81,7 +85,8 @@ def demo(
 
     try:
         make, at_once = _answering(model, server, api_key, quantize, dtype, revision, device)
-        loading = Loading(make, loaded)
+        folder = None if server else Path(model) if model else Path(find_spec("modeling_m3").origin).parent / M3_TINY
+        loading = Loading(make, loaded, folder)
         launch = {"server_name": host, "server_port": port, "share": share, "inbrowser": open_browser}
         with handling_signals(stop), private_folder() as files:
             _serve(stopped, loading, People(files), users, at_once, max_upload * 10**6, launch)

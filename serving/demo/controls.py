@@ -16,7 +16,7 @@ import gradio as gr
 from .asking import AUTO, Model, Person, Picture, Settings
 from .loading import Loading
 from .people import People, open_upload
-from .rendering import problem_html
+from .rendering import problem_html, status_html
 
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Shared:
     Attributes:
         picture, question: of the tabs about one picture.
         settings: the controls under "More", in the order that `settings_of` takes.
-        fills: controls that wait for the model, and what they are once it is there.
+        fills: controls that offer what the model has, and how to fill them once it is known.
     """
 
     loading: Loading
@@ -65,28 +65,21 @@ class Shared:
             auto: whether "auto" is one of them.
             among: how many frames share what one picture may cost, at first.
         """
-        radio = gr.Radio([], label=label, info=info, elem_classes="m3-numbers")
 
-        def filled() -> dict[str, Any]:
-            model = self.model
-            value = model.default
-            if among > 1 or (value == AUTO and not auto):
-                fitting = [scale for scale in model.scales if scale * among <= max(model.scales)]
-                value = max(fitting, default=min(model.scales))
-            return gr.update(choices=[*model.scales, *([AUTO] if auto and model.offers_auto else [])], value=value)
+        def offered() -> dict[str, Any]:
+            scales, value = self.loading.scales, self.loading.default
+            if scales and (among > 1 or (value == AUTO and not auto)):
+                value = max((scale for scale in scales if scale * among <= max(scales)), default=min(scales))
+            return {"choices": [*scales, *([AUTO] if auto and len(scales) > 1 else [])], "value": value}
 
-        self.fills[radio] = filled
+        radio = gr.Radio(**offered(), label=label, info=info, elem_classes="m3-numbers")
+        self.fills[radio] = offered
         return radio
-
-    def waits(self, button: gr.Button) -> None:
-        """Has a button be pressed only once the model is there."""
-        self.fills[button] = functools.partial(gr.update, interactive=True)
 
     def ask_and_stop(self, text: str) -> tuple[gr.Button, gr.Button]:
         """A button that asks the model, and one that ends what it says."""
         with gr.Row(elem_classes="m3-buttons"):
-            ask, stop = gr.Button(text, variant="primary", size="md", interactive=False), gr.Button("Stop", size="md")
-        self.waits(ask)
+            ask, stop = gr.Button(text, variant="primary", size="md"), gr.Button("Stop", size="md")
         stop.click(self._stop, queue=False, show_progress="hidden", api_visibility="private")
         return ask, stop
 
@@ -118,13 +111,20 @@ class Shared:
         )
 
     def answering(self, handler: Callable[..., Iterable[Any]], where: Any) -> Callable[..., Iterator[Any]]:
-        """A handler whose errors appear as sentences in a component; those that nobody expected are told to the log as well."""
+        """A handler that waits for the model, and whose errors appear as sentences in a component.
+
+        Those that nobody expected are told to the log as well.
+        """
 
         @functools.wraps(handler)  # gradio looks at its signature
         def told(request: gr.Request, *args: Any) -> Iterator[Any]:
             person = self.people.of(request)
             try:
-                yield from handler(request, *args)
+                for _ in self.loading.changes():
+                    if not self.loading.is_ready:
+                        yield {where: status_html(self.loading.words, self.loading.share, False, self.loading.sentence)}
+                if self.loading.is_ready:
+                    yield from handler(request, *args)
             except EXPECTED as error:
                 yield {where: problem_html(" ".join(str(error).split()))}
             except Exception:

@@ -1,9 +1,11 @@
 """Gets a model ready in a thread, while the page is there already and tells how far it is."""
 
+import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from .asking import Model
 
@@ -17,8 +19,10 @@ class Loading:
     Args:
         make: the model, not loaded yet; called in the thread, since it may import much.
         done: called at the end, whether or not it is there.
+        folder: of a checkpoint, whose numbers of visual tokens can be known before it is read.
 
     Attributes:
+        scales, default: the numbers and which one is chosen, as far as they are known; `default` may be "auto".
         model: once `is_ready`.
         words, share: how far it is, the share from 0 to 1 or None.
         error: why it cannot be had.
@@ -26,7 +30,8 @@ class Loading:
 
     model: Model
 
-    def __init__(self, make: Callable[[], Model], done: Callable[[], None]):
+    def __init__(self, make: Callable[[], Model], done: Callable[[], None], folder: Path | None = None):
+        self.scales, self.default = _numbers_in(folder) if folder else ([], None)
         self.words, self.share, self.error = "Starting", None, None
         self._make, self._tell_end, self._done = make, done, threading.Event()
 
@@ -58,7 +63,7 @@ class Loading:
         try:
             model = self._make()
             model.load(self._tell)
-            self.model = model
+            self.model, self.scales, self.default = model, model.scales, model.default
             logger.warning("%s is ready after %.1f s", model.name, time.perf_counter() - begin)
         except Exception as error:  # it is told on the page and where the command was started
             self.error = error
@@ -67,3 +72,13 @@ class Loading:
 
     def _tell(self, words: str, share: float | None) -> None:
         self.words, self.share = words, share
+
+
+def _numbers_in(folder: Path) -> tuple[list[int], int | str | None]:
+    """What a checkpoint's files say; nothing where they are no M3's, which is told once it is loaded."""
+    config, processor = (folder / name for name in ("config.json", "processor_config.json"))
+    if not (config.is_file() and processor.is_file()):
+        return [], None
+    scales = json.loads(config.read_text(encoding="utf-8")).get("visual_token_scales") or []
+    default = json.loads(processor.read_text(encoding="utf-8")).get("num_visual_tokens")
+    return sorted(scales), default or max(scales, default=None)

@@ -122,12 +122,14 @@ def build(loading: Loading, people: People, users: int, at_once: int, most_bytes
                     for control in shared.settings:
                         control.render()
 
+        known = bool(loading.scales)
+
         def load() -> Iterator[dict[Any, Any]]:
             for _ in loading.changes():
                 yield {status: status_html(loading.words, loading.share, False, loading.sentence)}
             if loading.is_ready:
                 words = f"{loading.model.name}: {loading.model.facts}. Up to {users} people may wait for an answer."
-                fills = {control: fill() for control, fill in shared.fills.items()}
+                fills = {} if known else {control: gr.update(**fill()) for control, fill in shared.fills.items()}
                 yield {status: status_html(words, None, True, ""), **fills}
 
         page.load(

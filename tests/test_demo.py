@@ -650,3 +650,41 @@ def test_nothing_is_left_in_temporary_folders(signum, browser, tmp_path):
     else:
         assert status == 128 + signum and "m3-demo: stopped" in server.said
     assert not list(server.temporary.iterdir())
+
+
+def test_in_front_of_a_server(browser, tmp_path):
+    from test_demo_server import running
+
+    with running() as fake, serving(tmp_path, "--server", fake.url) as server, opened(browser, server) as page:
+        ask(page, "What?", 36)
+        assert finished(page) == "36: What? ."
+        assert costs(page)["Prompt tokens"] == "53"
+        tab(page, "Compare")
+        button(page, "Compare").click()
+        finished(page, "compared")
+        assert [row for row in rows(page) if row[0].isdecimal()] == [(str(n), f"{n}: What? .") for n in SCALES]
+        tab(page, "See")
+        assert "start m3-demo with --model" in problem(page)
+
+
+@pytest.mark.parametrize(("options", "sentence"), [
+    (["--model", "nothing/here"], "nothing/here"),
+    (["--server", "ftp://somewhere"], "ftp://somewhere"),
+    (["--server", "http://localhost:1", "--dtype", "float16"], "--dtype are for a checkpoint in this process"),
+])  # fmt: skip
+def test_what_cannot_be_had_ends_the_command_in_a_line(options, sentence, tmp_path):
+    environment = {**os.environ, "PATH": commands_on_path(), "TMPDIR": str(tmp_path)}
+    result = subprocess.run(["m3-demo", "--port", "7896", *options], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert sentence in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "numbers", [(10**9, 0, 1), (0, 0, 1), (256, -1, 1), (256, 0, 100), (256, "hot", 1), (None, 0, 1)]
+)
+def test_numbers_that_no_control_offers_are_refused(numbers):
+    from m3_serving.demo.controls import settings_of
+
+    with pytest.raises(ValueError, match="must be a number from"):
+        settings_of("", *numbers)

@@ -12,6 +12,7 @@ def lines_for_checkpoint(
     question: str,
     settings: Settings,
     numbers: Sequence[int | str],
+    has_marks: bool = False,
 ) -> str:
     """Lines that print the answer at each number of visual tokens.
 
@@ -20,12 +21,14 @@ def lines_for_checkpoint(
         options: of `modeling_m3.load`; those that are None are left out.
         picture: the name of a file.
         question, settings, numbers: what was asked, how, and at which numbers.
+        has_marks: whether what was asked holds words that are tokens of the checkpoint, as <image>, and is to stay text.
     """
     name = "modeling_m3.default_checkpoint()" if checkpoint is None else repr(checkpoint)
     given = "".join(f", {option}={value!r}" for option, value in options.items() if value is not None)
     sampling = f"do_sample=True, temperature={settings.temperature:g}" if settings.temperature else "do_sample=False"
     beams = f"num_beams={settings.num_beams}, " if settings.num_beams > 1 else ""
     system = f'    {{"role": "system", "content": [{{"type": "text", "text": {settings.system!r}}}]}},\n'
+    as_text = "        sanitize_control_tokens=True,\n" if has_marks else ""
     return f"""\
 import modeling_m3
 from modeling_m3.pictures import open_pictures
@@ -43,7 +46,7 @@ for number in {list(numbers)!r}:
         return_dict=True,
         return_tensors="pt",
         processor_kwargs={{"num_visual_tokens": number}},
-    ).to(model.device)
+{as_text}    ).to(model.device)
     answer = model.generate(**inputs, {sampling}, {beams}max_new_tokens={settings.max_new_tokens})
     print(number, processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """

@@ -58,9 +58,8 @@ class LocalModel:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._encoded: OrderedDict[str, M3LlavaEncodedImages] = OrderedDict()
         self._remembered: list[Person] = []
-        self._computing = (
-            threading.Lock()
-        )  # an answer lets go of it after every token, for who clicks into a picture meanwhile
+        # An answer lets go of it after every token, for who clicks into a picture meanwhile.
+        self._computing = threading.Lock()
         self._counts_flops, self._flops = False, 0.0
 
     @property
@@ -117,9 +116,9 @@ class LocalModel:
                 if beyond := len(remembered.ids) - length:
                     remembered.cache.crop(-beyond)
                 inputs = _without_pictures(inputs, seen) | {CACHE_NAME: remembered.cache}
-        output = yield from self._growing(inputs, settings, person)
+        output = yield from self._growing(inputs, settings, person, [picture.num_visual_tokens for picture in pictures])
         cache = getattr(output, CACHE_NAME, None)
-        if remembers and can_be_cut(cache):
+        if remembers and not person.is_gone and can_be_cut(cache):
             person.kept = ChatCache(output.sequences[0, : cache.get_seq_length()].tolist(), keys, cache)
             self._remembered = [*(other for other in self._remembered if other is not person), person]
             for other in self._remembered[:-CHATS_AT_MOST]:
@@ -132,7 +131,7 @@ class LocalModel:
         for number in [*self.scales, *([AUTO] if self.offers_auto else [])]:
             at = replace(picture, image=encoded, num_visual_tokens=number, is_video=True)
             inputs = self._inputs([Message("user", question, (at,))], settings.system)
-            rows[number] = self._growing(inputs | {"encoded_images": encoded}, settings, person)
+            rows[number] = self._growing(inputs | {"encoded_images": encoded}, settings, person, [number])
             answers[number] = Answer(num_visual_tokens=(number,))
         try:
             while rows:
@@ -158,7 +157,8 @@ class LocalModel:
 
     def as_python(self, picture: Picture, question: str, settings: Settings, numbers: Sequence[int | str]) -> str:
         checkpoint = None if self.checkpoint is None else self.name
-        return lines_for_checkpoint(checkpoint, self.options, picture.name, question, settings, numbers)
+        has_marks = bool(self._marks_in([settings.system, question]))
+        return lines_for_checkpoint(checkpoint, self.options, picture.name, question, settings, numbers, has_marks)
 
     def _inputs(self, messages: Sequence[Message], system: str) -> dict[str, Any]:
         """A chat's prompt and its pictures, prepared as `m3-ask` does it."""
@@ -170,9 +170,7 @@ class LocalModel:
             media = [{"type": kind, kind: picture.image} for kind, picture in zip(kinds, message.pictures)]
             chat.append({"role": message.role, "content": [*media, {"type": "text", "text": message.text}]})
             numbers += [picture.num_visual_tokens for picture in message.pictures]
-        said = "\n".join([system, *(message.text for message in messages)])
-        marks = [token.content for token in self.processor.tokenizer.added_tokens_decoder.values()]
-        written = [mark for mark in marks if mark in said]
+        written = self._marks_in([system, *(message.text for message in messages)])
         if written and not MAKES_TEXT_PLAIN:
             raise ValueError(
                 f"The question holds {written[0]}, which is no text to a checkpoint: transformers 5.24 can ask it as text."
@@ -188,18 +186,28 @@ class LocalModel:
         )
         return dict(inputs.to(self.model.device))
 
-    def _growing(self, inputs: dict[str, Any], settings: Settings, person: Person) -> Generator[Answer, None, Any]:
-        """An answer, each time a token more of it; returns what `generate` returned."""
-        numbers = inputs.get("num_visual_tokens", torch.tensor([])).tolist()
-        chooses = 0 in numbers
+    def _marks_in(self, texts: Sequence[str]) -> list[str]:
+        """What of people's words a tokenizer would take for its own tokens."""
+        marks = [token.content for token in self.processor.tokenizer.added_tokens_decoder.values()]
+        return [mark for mark in marks if any(mark in text for text in texts)]
+
+    def _growing(
+        self, inputs: dict[str, Any], settings: Settings, person: Person, numbers: Sequence[int | str]
+    ) -> Generator[Answer, None, Any]:
+        """An answer, each time a token more of it; returns what `generate` returned.
+
+        Args:
+            numbers: visual tokens of every picture, also of those that a cache holds.
+        """
+        chooses = AUTO in numbers
         prompt = inputs["input_ids"][0]
         text = int((prompt != self.processor.image_token_id).sum())
         sampling = {"do_sample": settings.temperature > 0}
         if settings.temperature:
             sampling["temperature"] = settings.temperature
         call = {**inputs, **sampling, "num_beams": settings.num_beams, "max_new_tokens": settings.max_new_tokens}
-        step = StepwiseAnswer(self.model, self.processor.tokenizer, person.stop, **call)
-        answer = Answer(num_visual_tokens=tuple(number or AUTO for number in numbers))
+        step = StepwiseAnswer(self.model, self.processor.tokenizer, person.stop, self._prefilled, **call)
+        answer = Answer(num_visual_tokens=tuple(numbers))
         cost = Cost() if chooses else Cost(len(prompt) - text, len(prompt))
         try:
             goes_on = True
@@ -248,9 +256,13 @@ class LocalModel:
             encoded.tile_features.flatten()[0].item()  # a GPU is done by then
             seconds, flops, self._counts_flops = time.perf_counter() - begin, self._flops, False
         self._encoded[picture.key] = encoded
+        self._encoded.move_to_end(picture.key)
         while len(self._encoded) > ENCODED_AT_MOST:
             self._encoded.popitem(last=False)
         return encoded, seconds, flops
+
+    def _prefilled(self) -> None:
+        self._counts_flops = False
 
     def _count_text(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if self._counts_flops:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ class StepwiseAnswer(TextStreamer):
         model: an `M3LlavaForConditionalGeneration`.
         tokenizer: that answers are decoded by.
         stop: ends the answer at the next token once it is set.
+        prefilled: called once the first token is there, or the first of every beam.
         call: arguments of `generate`, for one prompt.
 
     Attributes:
@@ -26,10 +28,17 @@ class StepwiseAnswer(TextStreamer):
         output: what `generate` returned, once `step` has returned False.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, stop: threading.Event, **call: Any):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        stop: threading.Event,
+        prefilled: Callable[[], None] = lambda: None,
+        **call: Any,
+    ):
+        super().__init__(tokenizer, skip_prompt=True)
         self.text, self.tokens, self.seconds, self.first_token_seconds, self.output = "", 0, 0.0, None, None
-        self._stop, self._closed = stop, False
+        self.prefilled, self._new, self._stop, self._closed = prefilled, [], stop, False
         self._go, self._came = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
         self._streams = call.get("num_beams", 1) == 1  # beams have no token that stays before their end
@@ -45,6 +54,10 @@ class StepwiseAnswer(TextStreamer):
             Whatever `generate` raised.
         """
         begin = time.perf_counter()
+        if self._error is not None:
+            raise self._error
+        if self._closed or self.output is not None:
+            return False
         if self._thread.ident is None:
             self._thread.start()
         else:
@@ -69,24 +82,29 @@ class StepwiseAnswer(TextStreamer):
             self._thread.join()
 
     def put(self, value: torch.Tensor) -> None:
-        is_prompt = self.next_tokens_are_prompt
-        super().put(value)
-        if not is_prompt:
-            self.tokens += 1
-            self._came.release()
-            if not self._closed:
-                self._go.acquire()
+        if self.next_tokens_are_prompt:
+            self.next_tokens_are_prompt = False
+            return
+        self._new += value.flatten().tolist()
+        text = self._decoded(self._new)  # all of it: a tokenizer may drop the space that a part begins with
+        is_whole = text and self._is_chinese_char(ord(text[-1]))
+        self.text = text if is_whole else text[: max(text.rfind(" "), text.rfind("\n")) + 1]
+        self.tokens += 1
+        self._came.release()
+        if not self._closed:
+            self._go.acquire()
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.text += text
+    def end(self) -> None:
+        """Text is complete once `generate` has returned."""
+
+    def _decoded(self, ids: Any) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _generate(self, model: Any, call: dict[str, Any]) -> None:
         try:
             output = model.generate(**call, return_dict_in_generate=True)
-            if not self._streams:
-                new = output.sequences[0, call["input_ids"].shape[1] :]
-                self.text, self.tokens = self.tokenizer.decode(new, skip_special_tokens=True), len(new)
-            self.output = output
+            new = output.sequences[0, call["input_ids"].shape[1] :]
+            self.text, self.tokens, self.output = self._decoded(new), len(new), output
         except BaseException as error:  # it is raised where the answer is waited for
             self._error = error
         self._came.release()
@@ -97,4 +115,5 @@ class _Stopped(StoppingCriteria):
         self.answer = answer
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        self.answer.prefilled()
         return torch.full((len(input_ids),), self.answer.is_stopped, device=input_ids.device)

@@ -54,6 +54,9 @@ class Settings:
     num_beams: int = 1
 
     def __post_init__(self) -> None:
+        for name, least in (("max_new_tokens", 1), ("num_beams", 1), ("temperature", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}={getattr(self, name)!r}: it must be {least} or more.")
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError(
                 f"{self.num_beams} beams search for the likeliest answer, a temperature of {self.temperature:g} draws one: "

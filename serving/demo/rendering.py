@@ -174,4 +174,4 @@ def _flops(value: float | None) -> str:
     if value is None:
         return "–"
     power, unit = next((each for each in ((1e12, "T"), (1e9, "G")) if value >= each[0]), (1e6, "M"))
-    return f"{value / power:.3g} {unit}FLOPs"
+    return f"{float(f'{value / power:.3g}'):,g} {unit}FLOPs"  # 1,000 and not 1e+03

@@ -30,12 +30,12 @@ class People:
 
     def keep_what_is_there(self) -> None:
         """The files so far are the page's own, such as its examples: they stay whoever looked at them."""
-        self._own = {str(file) for file in self.folder.rglob("*") if file.is_file()}
+        self._own = {os.path.realpath(file) for file in self.folder.rglob("*") if file.is_file()}
 
     def of(self, request: Any, *files: str | None) -> Person:
         """The person whose event this is, whose files these are."""
         key = str(request.session_hash)
-        self._files.setdefault(key, set()).update(file for file in files if file and file not in self._own)
+        self._files.setdefault(key, set()).update(os.path.realpath(file) for file in files if file)
         return self._people.setdefault(key, Person())
 
     def forget(self, request: Any) -> None:
@@ -43,21 +43,27 @@ class People:
         key = str(request.session_hash)
         person, files = self._people.pop(key, None), self._files.pop(key, set())
         if person is not None:
-            person.is_gone, person.kept = True, None
+            person.is_gone, person.kept, person.chat = True, None, None
             person.stop.set()
         self._remove(files)
 
     def discard(self, request: Any, file: str) -> None:
         """They need a file no more."""
-        self._files.get(str(request.session_hash), set()).discard(file)
-        self._remove({file})
+        place = os.path.realpath(file)
+        self._files.get(str(request.session_hash), set()).discard(place)
+        self._remove({place})
 
     def _remove(self, files: set[str]) -> None:
-        for file in files - set().union(*self._files.values()):
+        """Of these, what lies in the folder, and is neither somebody else's nor the page's own."""
+        folder = os.path.realpath(self.folder)
+        for file in files - self._own.union(*self._files.values()):
+            if not file.startswith(f"{folder}{os.sep}"):  # a browser said where it lies
+                continue
             with suppress(FileNotFoundError):
                 os.remove(file)
-            with suppress(OSError):  # another file is in it
-                os.rmdir(os.path.dirname(file))
+            if os.path.dirname(file) != folder:
+                with suppress(OSError):  # another file is in it
+                    os.rmdir(os.path.dirname(file))
 
     def new_file(self, request: Any, name: str) -> Path:
         """The place for a file of theirs."""
@@ -91,18 +97,20 @@ def open_upload(file: str, name: str, num_visual_tokens: int | str) -> Picture:
 @contextmanager
 def private_folder() -> Iterator[Path]:
     """A folder for all that is temporary, which goes at the end; and those of processes that were killed go now."""
+    previous = tempfile.tempdir
     parent = Path(tempfile.gettempdir())
     for left in parent.glob(f"{PREFIX}*"):
         with suppress(OSError), open(left / "lock", "rb") as lock:  # a folder that is being made, or removed, has none
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-    with open(folder / "lock", "wb") as lock:
+    with open(folder / "making", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(folder / "making", folder / "lock")  # nobody sees it before it is held
         tempfile.tempdir = str(folder / "files")
         os.mkdir(tempfile.tempdir)
         try:
             yield folder / "files"
         finally:
-            tempfile.tempdir = None
+            tempfile.tempdir = previous
             shutil.rmtree(folder, ignore_errors=True)

@@ -7,20 +7,46 @@ from urllib.parse import urlsplit
 import httpx
 
 
+INTERNET = ipaddress.ip_network(
+    "2000::/3"
+)  # all of IPv6 that is handed out; the rest stands for something else, as IPv4
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address can only be one that everybody reaches."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address) and (ip not in INTERNET or ip.sixtofour is not None):
+        return False
+    return ip.is_global and not ip.is_multicast
+
+
 class _PublicOnly(httpx.HTTPTransport):
     """Connects to public addresses alone, and to the very address that was looked at; redirects come through here, too."""
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         host = request.url.host
         try:
-            found = {entry[4][0] for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
-        except OSError as error:
+            entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
             raise httpx.ConnectError(f"there is no host {host}") from error
-        if not all(ipaddress.ip_address(address).is_global for address in found):
+        found = list(dict.fromkeys(entry[4][0] for entry in entries))  # those that this machine reaches best come first
+        if not all(map(is_public, found)):
             raise httpx.ConnectError(f"{host} is not a public address")
-        request.url = request.url.copy_with(host=sorted(found)[0])
-        request.extensions = {**request.extensions, "sni_hostname": host}
-        return super().handle_request(request)
+        for index, address in enumerate(found):
+            # A request of its own: from the given one, redirects take the name of the host.
+            to_address = httpx.Request(
+                request.method,
+                request.url.copy_with(host=address),
+                headers=request.headers,
+                stream=request.stream,
+                extensions={**request.extensions, "sni_hostname": host},
+            )
+            try:
+                return super().handle_request(to_address)
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                if index == len(found) - 1:
+                    raise
+        raise httpx.ConnectError(f"there is no host {host}")
 
 
 def fetch(url: str, most_bytes: int, public_only: bool) -> tuple[bytes, str]:
@@ -29,8 +55,12 @@ def fetch(url: str, most_bytes: int, public_only: bool) -> tuple[bytes, str]:
     Raises:
         ValueError: it is no http or https URL, cannot be had, or is larger than `most_bytes`.
     """
-    parts = urlsplit(url.strip())
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url.strip())
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:  # brackets around what is no address
+        is_url = False
+    if not is_url:
         raise ValueError(f"{url.strip()[:200]!r} is no URL of a picture: it begins with http:// or https://.")
     content = bytearray()
     try:
@@ -45,6 +75,6 @@ def fetch(url: str, most_bytes: int, public_only: bool) -> tuple[bytes, str]:
                     )
     except httpx.HTTPStatusError as error:
         raise ValueError(f"{url.strip()} cannot be had: the server answered {error.response.status_code}.") from error
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # the last for names longer than a name may be
         raise ValueError(f"{url.strip()} cannot be had: {str(error) or type(error).__name__}.") from error
     return bytes(content), parts.path.rpartition("/")[2] or "picture"

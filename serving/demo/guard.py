@@ -35,14 +35,14 @@ class Guard:
         self.app, self.files = app, files
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        path = unquote(scope["path"])
-        is_file = path.startswith(f"{FILES}{self.files}/") and ".." not in path
-        if not (is_file or PAGE.fullmatch(path) or EVENTS.fullmatch(path)):
-            await PlainTextResponse("There is nothing here.", 404)(scope, receive, send)
+        if scope["type"] != "http":  # the page opens no WebSocket
+            await send({"type": "websocket.close"})
             return
+        path = unquote(scope["path"])
+        is_file = path.startswith(f"{FILES}{self.files}/")
 
         async def with_policy(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
@@ -52,4 +52,6 @@ class Guard:
                 headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
-        await self.app(scope, receive, with_policy)
+        is_there = ".." not in path and (is_file or PAGE.fullmatch(path) or EVENTS.fullmatch(path))
+        answers = self.app if is_there else PlainTextResponse("There is nothing here.", 404)
+        await answers(scope, receive, with_policy)

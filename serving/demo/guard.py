@@ -52,6 +52,6 @@ class Guard:
                 headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
-        is_there = ".." not in path and (is_file or PAGE.fullmatch(path) or EVENTS.fullmatch(path))
+        is_there = ".." not in path.split("/") and (is_file or PAGE.fullmatch(path) or EVENTS.fullmatch(path))
         answers = self.app if is_there else PlainTextResponse("There is nothing here.", 404)
         await answers(scope, receive, with_policy)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -29,6 +30,9 @@ AXE = Path(sys.prefix) / "node_modules" / "axe-core" / "axe.min.js"
 CHROMIUM = which("chromium") or which("chromium-browser") or which("google-chrome")
 MISSING = [name for name in ("gradio", "playwright", "matplotlib", "av", "openai") if find_spec(name) is None]
 MISSING += [name for name, there in (("Chromium", CHROMIUM), (f"{AXE}, of npm", AXE.is_file())) if not there]
+if not MISSING:
+    import httpx  # of gradio
+
 pytestmark = [
     pytest.mark.demo,
     pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)} (CI has a stage for it)"),
@@ -101,7 +105,8 @@ def serving(folder, *options):
         yield server
     finally:
         if server.process.poll() is None:
-            server.end()
+            assert server.end() == 128 + signal.SIGTERM
+            assert not list(server.temporary.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -461,31 +466,70 @@ def test_two_browsers_at_once(browser, server):
         assert [costs(page)["Visual tokens"] for page in (one, other)] == ["1", "576"]
 
 
-def test_twenty_users_in_the_queue(browser, server):
-    with contextlib.ExitStack() as stack:
-        pages = [stack.enter_context(opened(browser, server)) for _ in range(20)]
-        numbers = [SCALES[index % len(SCALES)] for index in range(20)]
-        for page, number in zip(pages, numbers):
-            upload_picture(page)
-            page.get_by_label("Question", exact=True).fill("What does the code say?")
-            choose(page, "Visual tokens", number)
-        for page in pages:
+class Sessions:
+    """Other people with the page open, each with a session of its own: they send what a browser sent."""
+
+    def __init__(self, page, server):
+        self.client = httpx.Client(base_url=f"{server.url}gradio_api/queue/", timeout=120)
+        with page.expect_request("**/queue/join*") as sent:
             button(page, "Ask").click()
-        answers = [finished(page) for page in pages]
-        assert [costs(page)["Visual tokens"] for page in pages] == [str(number) for number in numbers]
-    assert answers == [said_by_m3_ask("What does the code say?", "--num-visual-tokens", n) for n in numbers]
+        self.sent = sent.value.post_data_json
+        finished(page)
+
+    def ask(self, number, session, length=256):
+        """(answer, visual tokens) of the same question at a number of visual tokens."""
+        picture, question, _, system, _, *settings = self.sent["data"]
+        asked = [picture, question, number, system, length, *settings]
+        data = {**self.sent, "data": asked, "session_hash": session}
+        self.client.post("join", json=data).raise_for_status()
+        sent, said = {}, {}
+        with self.client.stream("GET", "data", params={"session_hash": session}) as events:
+            for line in events.iter_lines():
+                event = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
+                if event.get("msg") == "process_generating":
+                    _patch(sent, event["output"]["data"])
+                    said |= {place: text for place, text in sent.items() if isinstance(text, str)}
+                if event.get("msg") == "process_completed":
+                    assert event["success"], event
+                    break
+        shown = re.search(r'aria-busy="false">(.*?)</div>', said[0])[1]
+        return shown, re.search(r"<dd>(.*?)</dd>", said[1])[1]
+
+
+def _patch(sent, outputs):
+    """Takes what came of each output: its value, or how it differs from the one before, as gradio sends both."""
+    for place, output in enumerate(outputs):
+        if not isinstance(output, list):
+            sent[place] = output
+            continue
+        for kind, path, value in output:
+            assert not path
+            sent[place] = value if kind == "replace" else sent[place] + value
+
+
+def test_twenty_users_in_the_queue(page, server):
+    ask(page, "What does the code say?", 36)
+    finished(page)
+    people, numbers = Sessions(page, server), [SCALES[index % len(SCALES)] for index in range(20)]
+    with ThreadPoolExecutor(20) as at_once:
+        shown = list(at_once.map(people.ask, numbers, [f"person{index}" for index in range(20)]))
+    expected = {n: said_by_m3_ask("What does the code say?", "--num-visual-tokens", n) for n in SCALES}
+    assert shown == [(expected[number], str(number)) for number in numbers]
 
 
 def test_more_users_than_may_wait_are_asked_to_come_later(browser, tmp_path, talkative):
     checkpoint = talkative.log.parent / "checkpoint"
-    with serving(tmp_path, "--model", checkpoint, "--users", 1) as server, contextlib.ExitStack() as stack:
-        pages = [stack.enter_context(opened(browser, server)) for _ in range(4)]
-        for page in pages:
-            upload_picture(page)
-            page.get_by_label("Question", exact=True).fill("What is it?")
-        for page in pages:
+    with serving(tmp_path, "--model", checkpoint, "--users", 1) as server, opened(browser, server) as page:
+        ask(page, "What is it?", 1)
+        finished(page)
+        people = Sessions(page, server)
+        with ThreadPoolExecutor(2) as at_once:
+            for index in range(2):  # one is answered, one waits
+                at_once.submit(people.ask, 1, f"person{index}", 900)
+                page.wait_for_timeout(1000)
             button(page, "Ask").click()
-        pages[-1].get_by_text(re.compile("queue is full|busy", re.IGNORECASE)).first.wait_for()
+            page.get_by_text(re.compile("queue is full|busy", re.IGNORECASE)).first.wait_for()
+            server.end()
 
 
 def test_reload_in_the_middle(browser, talkative):
@@ -619,23 +663,18 @@ def test_memory_after_many_asks_is_that_of_a_few(browser, tmp_path):
     import psutil
 
     with serving(tmp_path) as server, opened(browser, server) as page:
-        process, held = psutil.Process(server.process.pid), {}
-        upload_picture(page)
-        page.get_by_label("Question", exact=True).fill("What does the code say?")
+        ask(page, "What does the code say?", 36)
+        finished(page)
+        people, process, held = Sessions(page, server), psutil.Process(server.process.pid), {}
         for count in range(1, 201):
-            choose(page, "Visual tokens", SCALES[count % len(SCALES)])
-            button(page, "Ask").click()
-            page.wait_for_function(
-                f"document.querySelectorAll('.m3-cost dd')[0].innerText == '{SCALES[count % len(SCALES)]}'"
-            )
-            finished(page)
+            assert people.ask(SCALES[count % len(SCALES)], "person")
             held[count] = process.memory_info().rss
         files = server.files()
     assert len(files) == 1, files
     assert max(held[count] for count in range(191, 201)) < held[20] + 30e6, held
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_in_temporary_folders(signum, browser, tmp_path):
     server = Server(tmp_path)
     with opened(browser, server) as page:

@@ -517,19 +517,16 @@ def test_twenty_users_in_the_queue(page, server):
     assert shown == [(expected[number], str(number)) for number in numbers]
 
 
-def test_more_users_than_may_wait_are_asked_to_come_later(browser, tmp_path, talkative):
-    checkpoint = talkative.log.parent / "checkpoint"
-    with serving(tmp_path, "--model", checkpoint, "--users", 1) as server, opened(browser, server) as page:
-        ask(page, "What is it?", 1)
+def test_more_users_than_may_wait_are_asked_to_come_later(browser, tmp_path):
+    with serving(tmp_path, "--users", 1) as server, opened(browser, server) as page:
+        ask(page, "What does the code say?", 36)
         finished(page)
         people = Sessions(page, server)
-        with ThreadPoolExecutor(2) as at_once:
-            for index in range(2):  # one is answered, one waits
-                at_once.submit(people.ask, 1, f"person{index}", 900)
-                page.wait_for_timeout(1000)
-            button(page, "Ask").click()
-            page.get_by_text(re.compile("queue is full|busy", re.IGNORECASE)).first.wait_for()
-            server.end()
+        with ThreadPoolExecutor(8) as at_once:
+            asked = [at_once.submit(people.ask, 576, f"person{index}") for index in range(8)]
+        refused = [one.exception().response.status_code for one in asked if one.exception()]
+        answered = [one.result() for one in asked if not one.exception()]
+    assert set(refused) == {503} and set(answered) == {("E419", "576")}
 
 
 def test_reload_in_the_middle(browser, talkative):

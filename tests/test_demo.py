@@ -668,7 +668,8 @@ def test_memory_after_many_asks_is_that_of_a_few(browser, tmp_path):
             held[count] = process.memory_info().rss
         files = server.files()
     assert len(files) == 1, files
-    assert max(held[count] for count in range(191, 201)) < held[20] + 30e6, held
+    # What allocators keep for each thread is there after a hundred: 653 MB after 20, 685 after 100, 671 after 200, 681 after 600.
+    assert held[200] < 1.1 * held[20] and held[200] < 1.03 * held[100], held
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])

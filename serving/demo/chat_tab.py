@@ -71,6 +71,7 @@ def chat_tab(shared: Shared, tab: gr.Tab) -> None:
         chat.shown.append({"role": "user", "content": words})
         chat.messages.append(message)
         yield {talk: chat.shown, text: "", picture: None, problem: ""}
+        chat.waiting.clear()
         try:
             yield from answer(chat, person, how)
         except Exception:
@@ -78,17 +79,22 @@ def chat_tab(shared: Shared, tab: gr.Tab) -> None:
             chat.shown = before
             yield {talk: before, text: words}
             raise
-        chat.waiting.clear()
 
     def again(request: gr.Request, *settings: Any) -> Iterator[dict[Any, Any]]:
         person = shared.person(request)
         chat = _chat(person)
         if len(chat.messages) < 2:
             raise ValueError("There is no answer yet that could be tried again.")
+        how, messages, shown = settings_of(*settings), list(chat.messages), list(chat.shown)
         chat.messages.pop()
         chat.shown.pop()
         yield {problem: ""}
-        yield from answer(chat, person, settings_of(*settings))
+        try:
+            yield from answer(chat, person, how)
+        except Exception:
+            chat.messages, chat.shown = messages, shown
+            yield {talk: shown}
+            raise
 
     def answer(chat: Chat, person: Person, how: Any) -> Iterator[dict[Any, Any]]:
         said = None
@@ -108,8 +114,8 @@ def chat_tab(shared: Shared, tab: gr.Tab) -> None:
     outputs = [talk, text, picture, problem, costs]
     shared.on([send.click, text.submit], say, [text, picture, number, *shared.settings], outputs, problem)
     shared.on([retry.click], again, shared.settings, outputs, problem)
-    shared.on([add.click], take, [picture, number], outputs, problem)
-    shared.on([anew.click, talk.clear], forget, [], outputs, problem)
+    shared.on([add.click], take, [picture, number], outputs, problem, draws=True)
+    shared.on([anew.click, talk.clear], forget, [], outputs, problem, draws=True)
 
 
 def _chat(person: Person) -> Chat:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -84,6 +85,7 @@ def demo(
             stopped.set()
 
     try:
+        _check_port(host, port)
         make, at_once = _answering(model, server, api_key, quantize, dtype, revision, device)
         folder = None if server else Path(model) if model else Path(find_spec("modeling_m3").origin).parent / M3_TINY
         loading = Loading(make, loaded, folder)
@@ -178,6 +180,21 @@ def _serve(
             time.sleep(1)  # for pages that are open to tell it
     finally:
         page.close(verbose=False)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raises `ValueError` where something listens there already, or nothing can."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as trial:
+            trial.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # as the server does: one that just ended counts not
+            trial.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"{host}:{port} cannot be listened on ({error.strerror}). Choose another --port or --host."
+        ) from error
 
 
 def is_loopback(host: str) -> bool:

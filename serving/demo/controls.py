@@ -94,7 +94,7 @@ class Shared:
     ) -> Any:
         """Has a handler answer to events, in a queue, with its errors as sentences in the component `where`.
 
-        One that `draws` does not wait for answers to others, and draws what was chosen last.
+        One that `draws`, and asks nothing, does not wait for answers to others; of several it is the last that counts.
         """
         return gr.on(
             triggers,

@@ -166,6 +166,7 @@ def _picture_and_question(shared: Shared, most_bytes: int, public: bool) -> None
         problem = gr.HTML()
     shared.question = gr.Textbox(label="Question", max_lines=6, elem_id="m3-question")
     copied = copytree(EXAMPLES, shared.people.folder / "examples")  # from where gradio may show them
+    shared.picture.keep_in_cache |= {str(copied / name) for name in QUESTIONS}  # gradio deletes others after a day
     examples = gr.Dataset(
         label="Examples",
         elem_id="m3-examples",

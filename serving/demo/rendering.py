@@ -9,6 +9,8 @@ from .asking import AUTO, Answer, Compared
 
 
 ENDS = {"length": "cut off: it reached the longest length", "stopped": "stopped"}
+LINES = ("#2563eb", "#d97706")  # told apart by their marks, too
+TEXT = "#010203"  # stands for the colour of the page's text, whichever it is
 
 
 def answer_html(answer: Answer | None) -> str:
@@ -79,35 +81,31 @@ def plot_svg(compared: Compared) -> str:
     ]
     if len(points) < 2:
         return ""
-    from matplotlib import rc_context
+    from matplotlib import rcParams
     from matplotlib.figure import Figure  # without pyplot: it keeps figures, and is for one thread
 
+    rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9})  # of the page's process
     numbers, first, whole = zip(*points)
-    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
-        figure = Figure(figsize=(4.6, 2.3), layout="constrained")
-        axes = figure.add_subplot()
-        axes.plot(numbers, whole, marker="o", color=LINES[0], label="whole answer")
-        axes.plot(numbers, first, marker="s", color=LINES[1], label="first token")
-        axes.set(xscale="log", xlabel="visual tokens", ylabel="seconds", ylim=(0, None))
-        axes.set_xticks(numbers, [str(number) for number in numbers])
-        axes.minorticks_off()
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-        for text in [axes.xaxis.label, axes.yaxis.label, *axes.get_legend().get_texts()]:
-            text.set_color(TEXT)
-        axes.tick_params(colors=TEXT, labelcolor=TEXT)
-        for spine in axes.spines.values():
-            spine.set_color(TEXT)
-        written = io.StringIO()
-        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure = Figure(figsize=(4.6, 2.3), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(numbers, whole, marker="o", color=LINES[0], label="whole answer")
+    axes.plot(numbers, first, marker="s", color=LINES[1], label="first token")
+    axes.set(xscale="log", xlabel="visual tokens", ylabel="seconds", ylim=(0, None))
+    axes.set_xticks(numbers, [str(number) for number in numbers])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    for text in [axes.xaxis.label, axes.yaxis.label, *axes.get_legend().get_texts()]:
+        text.set_color(TEXT)
+    axes.tick_params(colors=TEXT, labelcolor=TEXT)
+    for spine in axes.spines.values():
+        spine.set_color(TEXT)
+    written = io.StringIO()
+    figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     drawing = re.sub(r"\A.*?(?=<svg)", "", written.getvalue(), flags=re.DOTALL).replace(TEXT, "currentColor")
     said = "; ".join(f"{number} visual tokens: {one:.3g} s, {all_of_it:.3g} s" for number, one, all_of_it in points)
     label = html.escape(f"Seconds to the first token and for the whole answer. {said}")
     return drawing.replace("<svg", f'<svg class="m3-plot" role="img" aria-label="{label}"', 1)
-
-
-LINES = ("#2563eb", "#d97706")  # told apart by their marks, too
-TEXT = "#010203"  # stands for the colour of the page's text, whichever it is
 
 
 def status_html(words: str, share: float | None, ready: bool, error: str) -> str:

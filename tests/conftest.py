@@ -39,7 +39,9 @@ OPERATORS = torchvision_operators() if find_spec("torchvision") else None  # kep
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--screenshots", help="Folder for pictures of m3-demo's tabs, which go to a temporary one otherwise.")
+    parser.addoption(
+        "--screenshots", help="Folder for pictures of m3-demo's tabs, which go to a temporary one otherwise."
+    )
 
 
 @cache

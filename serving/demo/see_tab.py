@@ -59,7 +59,8 @@ def see_tab(shared: Shared, tab: gr.Tab) -> None:
         if person.drawing:
             shared.people.discard(request, person.drawing)
         person.drawing = str(file)
-        limit = gr.update(maximum=max(2, len(boxes)), value=at + 1)
+        # The value only where it has to change: people may have gone on to another token meanwhile.
+        limit = gr.update(maximum=max(2, len(boxes)), **({} if at + 1 == token_number else {"value": at + 1}))
         yield {shown: str(file), notes: notes_html(words), token: limit}
 
     def draw_if_open(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:

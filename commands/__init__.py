@@ -41,7 +41,7 @@ def create() -> int | None:
 
 
 def demo() -> int | None:
-    return _run("m3-demo", "m3_serving.demo.command", "demo", ("gradio", "matplotlib", "av", "openai"))
+    return _run("m3-demo", "m3_serving.demo.command")  # which has its extra looked for when the page is asked for
 
 
 def evaluate() -> int | None:
@@ -64,14 +64,21 @@ def train_tiny() -> int | None:
     return _run("m3-train-tiny", "m3_training.m3_tiny.__main__")
 
 
+def has(name: str, extra: str, needs: Sequence[str]) -> bool:
+    """Whether the modules that a command needs are installed; says which are not, and the extra that brings them."""
+    missing = [needed for needed in needs if find_spec(needed) is None]
+    if missing:
+        print(f"{name}: needs {', '.join(missing)}: pip install '.[{extra}]' in the clone", file=sys.stderr)
+    return not missing
+
+
 def _run(name: str, module: str, extra: str = "", needs: Sequence[str] = ()) -> int | None:
     """Runs `main()` of a module. Returns its exit status; 128 and the signal's number where one ended it.
 
     Args:
         extra, needs: modules without which it cannot run, and the extra that brings them.
     """
-    if missing := [needed for needed in needs if find_spec(needed) is None]:
-        print(f"{name}: needs {', '.join(missing)}: pip install '.[{extra}]' in the clone", file=sys.stderr)
+    if not has(name, extra, needs):
         return 1
     process = os.getpid()
 

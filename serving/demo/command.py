@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from m3_commands import has
 from m3_conversion.__main__ import VERSION
 from m3_conversion.signals import handling_signals
 
@@ -69,6 +70,8 @@ def demo(
     show_version: Annotated[bool, VERSION] = False,
 ) -> None:
     """Opens a page on which a checkpoint answers about pictures, at every number of visual tokens."""
+    if not has("m3-demo", "demo", ("gradio", "matplotlib", "av", "openai")):
+        raise typer.Exit(1)
     gc.disable()  # while modules are imported, of which it would free nothing, a quarter of the time goes into it
     logging.basicConfig(format="m3-demo: %(message)s", level=logging.WARNING)
     stopped = threading.Event()

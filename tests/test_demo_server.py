@@ -553,12 +553,12 @@ def test_a_key_that_the_server_refuses_is_not_shown(fake):
 
 
 def test_a_model_in_a_folder_is_shown_without_the_folders_above(fake):
-    fake.models = {"data": [{"id": "/home/someone/llava-m3"}, {"id": "other"}]}
+    fake.models = {"data": [{"id": "/models/llava-m3"}, {"id": "other"}]}
     model = model_of(fake)
-    assert model.name == "llava-m3" and "/home" not in model.facts
-    assert "/home" not in model.as_python(shown(), "what", Settings(), [36])
+    assert model.name == "llava-m3" and "/models" not in model.facts
+    assert "/models" not in model.as_python(shown(), "what", Settings(), [36])
     list(model.answer([asked()], Settings(), Person()))
-    assert fake.asked[0]["model"] == "/home/someone/llava-m3"
+    assert fake.asked[0]["model"] == "/models/llava-m3"
 
 
 @pytest.mark.serve

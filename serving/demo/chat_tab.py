@@ -74,7 +74,7 @@ def chat_tab(shared: Shared, tab: gr.Tab) -> None:
         chat.waiting.clear()
         try:
             yield from answer(chat, person, how)
-        except Exception:
+        except Exception:  # whatever it was is told by who called; a turn without an answer is none
             chat.messages.pop()
             chat.shown = before
             yield {talk: before, text: words}
@@ -91,7 +91,7 @@ def chat_tab(shared: Shared, tab: gr.Tab) -> None:
         yield {problem: ""}
         try:
             yield from answer(chat, person, how)
-        except Exception:
+        except Exception:  # as above: the earlier answer stays
             chat.messages, chat.shown = messages, shown
             yield {talk: shown}
             raise

@@ -127,7 +127,7 @@ class Shared:
                     yield from handler(request, *args)
             except EXPECTED as error:
                 yield {where: problem_html(" ".join(str(error).split()))}
-            except Exception:
+            except Exception:  # gradio would show a bare "Error" on the page
                 logger.exception("an answer failed")
                 yield {where: problem_html("This failed, and not by your doing. What the command printed says why.")}
             finally:

@@ -36,7 +36,8 @@ class Fake(ThreadingHTTPServer):
     Attributes:
         budgets, models: what is told; None is answered by 404.
         wrong: by number, (status, what is answered in place of an answer).
-        held: by number, or for all by None, what each piece waits for; the first piece is the head of the answer.
+        held: by number, or for all by None, what each piece waits for; the first piece is the head of the answer. An answer
+            that is not streamed, as all of auto are, waits as AUTO: else it would take a piece of its number's stream.
         broken: numbers whose answer breaks off after the first piece, by what.
         asked, keys: the requests, and their Authorization.
         visual: tokens of a picture, by number.
@@ -80,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
         if body.get("stream"):
             self.stream(body, number, pieces, usage, beams)
         else:
-            self.wait(number)
+            self.wait(AUTO, number)
             logprobs = {"content": [{"token": "a", "logprob": -1 / (number or 1), "bytes": None, "top_logprobs": []}]}
             choices = [
                 {
@@ -95,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
             self.whole(200, {**common, "choices": choices, "usage": {**usage, "completion_tokens": 4}})
 
     def stream(self, body, number, pieces, usage, beams):
-        self.wait(number)
+        self.wait(number, number)
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
         if self.server.broken.get(number) == b"":  # so that its end is none
@@ -108,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
             chunks = [(piece, 0, count, None) for count, piece in enumerate(pieces, 1)] + [("", 0, 4, "stop")]
         for content, index, tokens, reason in [("", 0, 0, None), *chunks]:
             if content:
-                self.wait(number)
+                self.wait(number, number)
             choice = {"index": index, "delta": {"content": content}, "finish_reason": reason}
             counted = {**usage, "completion_tokens": tokens} if options.get("continuous_usage_stats") else None
             self.event({"choices": [choice], "usage": counted})
@@ -123,8 +124,8 @@ class Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.wfile.write(f"data: {json.dumps({**common, **content})}\n\n".encode())
 
-    def wait(self, number):
-        held = self.server.held.get(number, self.server.held.get(None))
+    def wait(self, held_as, number):
+        held = self.server.held.get(held_as, self.server.held.get(None))
         while held is not None and not held.acquire(timeout=0.02):
             if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
                 self.server.left[number].set()
@@ -158,8 +159,10 @@ def fake():
 
 
 @pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
+def near_and_fast(monkeypatch):
+    """No proxy in between; and a test whose answer never comes fails in a minute, not in half an hour."""
     monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(server_model, "ANSWER_SECONDS", 20)
 
 
 def model_of(fake, **options):

@@ -22,7 +22,7 @@ def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
         if not isinstance(dropped.exc_value, KeyboardInterrupt):
             return report(dropped)
         number = dropped.exc_value.args[0] if dropped.exc_value.args else signal.SIGINT
-        threading.Timer(0.01, signal.raise_signal, [number]).start()
+        threading.Timer(0.01, _send, [number]).start()
 
     sys.unraisablehook = send_again
     try:
@@ -31,3 +31,11 @@ def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
         sys.unraisablehook = report
         for number, former in before.items():
             signal.signal(number, former)
+
+
+def _send(number: int) -> None:
+    """To the main thread, which it wakes where it waits; not on Windows, where a thread cannot be sent one."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, number)
+    else:
+        signal.raise_signal(number)

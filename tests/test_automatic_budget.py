@@ -82,7 +82,7 @@ def new_tokens(sequence, inputs, processor):
     return [token for token in sequence[inputs["input_ids"].shape[1] :].tolist() if token != pad]
 
 
-@pytest.mark.parametrize("together", [1, 8])
+@pytest.mark.parametrize("together", [pytest.param(1, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("name", ["llava15-m3", "llava-next-m3", "m3-tiny"])
 def test_what_follows_is_the_answer_at_the_chosen_number(name, together, converted):
     model, processor = modeling_m3.load(TINY if name == "m3-tiny" else converted[name], dtype="float32")
@@ -395,6 +395,7 @@ def test_m3_budget_fits_stores_and_goes_on(tiny, tmp_path, capsys, monkeypatch):
     assert "holds answers of another max_new_tokens" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_with_signals_is_what_m3_budget_would_have_asked(tmp_path, capsys):
     data = write_questions(fitted_on(scenes=3, easy=1), tmp_path / "data")
     groups = read_labelled(data, None)

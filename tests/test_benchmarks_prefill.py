@@ -53,6 +53,7 @@ def run(command, *arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_prefill_measures_every_scale(tmp_path):
     small = ["--size", "tiny", "--dtype", "float32", "--batch", 1, "--repeats", 2]
     result = run(prefill.main, *small, "--output", tmp_path / "r.json", "--plot", tmp_path / "r.png")
@@ -75,6 +76,7 @@ def test_ratios_are_those_of_medians():
     assert "| 1 | 0.00 | 500 (400 to 600) | 0.250 | 0.200 | 1.25 |" in prefill.table({"cases": [case]})
 
 
+@pytest.mark.slow
 def test_scaling_grows_one_thing_at_a_time(tmp_path):
     small = ["--size", "tiny", "--dtype", "float32", "--repeats", 1, "--most", 3, "--num-visual-tokens", 9]
     result = run(scaling.main, *small, "--output", tmp_path / "r.json")

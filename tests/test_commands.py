@@ -86,12 +86,14 @@ def test_version(command, monkeypatch, capsys):
     assert modeling_m3.__version__ == distribution("m3-hf").version
 
 
+@pytest.mark.slow
 def test_from_a_checkout_conversion_also_runs_as_a_module(tmp_path):
     arguments = [GOLDENS / "llava15-m3", tmp_path / "demo"]
     subprocess.run([sys.executable, "-m", "conversion", *arguments], cwd=REPOSITORY, check=True, capture_output=True)
     assert (tmp_path / "demo" / "README.md").is_file()
 
 
+@pytest.mark.slow
 def test_links_that_git_wrote_as_texts(tmp_path):
     """As a clone has them on a system where git may make no links."""
     package, folder = tmp_path / "modeling_m3", tmp_path / "modeling_m3" / "m3_tiny"

@@ -127,6 +127,7 @@ class TestCard:
         convert(source, tmp_path / "new")
         assert "training-free baseline" in (tmp_path / "new" / "README.md").read_text()
 
+    @pytest.mark.pages
     def test_its_code_runs(self, converted, tmp_path):
         """As a user has it: the folder alone, in a directory without this project."""
         name = "llava15-m3"

@@ -39,6 +39,7 @@ from modeling_m3 import visual_tokens
 from modeling_m3.processing_m3 import MAKES_TEXT_PLAIN
 
 
+pytestmark = pytest.mark.demo
 SCENE = Path(__file__).parent / "fixtures" / "scene.png"
 QUESTION = "What is in the picture?\nSay it 'briefly'."
 SHORT = Settings(max_new_tokens=4)

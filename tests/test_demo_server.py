@@ -24,6 +24,7 @@ from m3_serving.demo.server_model import ServerModel
 from modeling_m3.videos import sample_video
 
 
+pytestmark = pytest.mark.demo
 SCALES = [1, 9, 36, 144, 576]
 WORDS = 17  # tokens of every prompt but for its pictures
 BUDGETS = {"scales": SCALES, "default": 36, "details": {}}

@@ -19,6 +19,7 @@ PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
 DEMOS = dict(zip(CHECKPOINTS, ("m3-demo", "m3-next-demo")))
 
 
+@pytest.mark.pages
 @pytest.mark.skipif(
     not MAKES_TEXT_PLAIN, reason="the pages are followed on the newest release, which installing brings"
 )

@@ -27,14 +27,11 @@ from m3_conversion.exported_graphs import check_exportable, export_language, exp
 from m3_conversion.onnx_answers import OnnxM3  # noqa: E402
 
 
+pytestmark = pytest.mark.slow  # an export takes 20 s of one core
 SCALES = (1, 9, 36, 144, 576)
 FLAT, ANYRES = CHECKPOINTS
-# An export takes 20 s of one core, and prompts with pictures that are cut into tiles are long.
-LATER = [pytest.param(ANYRES, marks=pytest.mark.slow), pytest.param("m3-tiny", marks=pytest.mark.slow)]
 GOLDEN_CASES = [
-    pytest.param(*case.values, marks=[pytest.mark.slow] if case.values[0] == ANYRES else [], id=case.id)
-    for case in golden_cases()
-    if case.values[1]["image_files"] and "<image>" in "".join(case.values[1]["prompts"])
+    case for case in golden_cases() if case.values[1]["image_files"] and "<image>" in "".join(case.values[1]["prompts"])
 ]
 PICTURES = ("img5_97x53.png", "img4_200x700.png", "img1_640x480.png")  # cut into tiles, three grids
 PROMPTS = ("USER: <image>\nWhat is this? ASSISTANT:", "Hello <image>", "<image> Is anything written there, and what?")
@@ -98,7 +95,7 @@ def assert_equal_where_shown(logits, expected, inputs):
 
 
 @pytest.mark.parametrize("numbers", [*SCALES, [144, 36, 1]], ids=str)
-@pytest.mark.parametrize("name", [FLAT, *LATER[:1]])
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_programs_of_torch_equal_the_model(name, numbers, loaded, exported):
     model, processor = loaded[name]
     _, vision, language = exported(name)
@@ -128,7 +125,7 @@ def test_programs_of_torch_equal_the_model(name, numbers, loaded, exported):
 
 
 @pytest.mark.parametrize("numbers", [*SCALES, [144, 36, 1]], ids=str)
-@pytest.mark.parametrize("name", [FLAT, *LATER])
+@pytest.mark.parametrize("name", [*CHECKPOINTS, "m3-tiny"])
 def test_graphs_equal_the_model(name, numbers, loaded, graphs):
     model, processor = m3_tiny() if name == "m3-tiny" else loaded[name]
     inputs = prepared(processor, numbers)
@@ -141,7 +138,7 @@ def test_graphs_equal_the_model(name, numbers, loaded, graphs):
 
 
 @pytest.mark.parametrize("numbers", [*SCALES, [144, 36, 1]], ids=str)
-@pytest.mark.parametrize("name", [FLAT, *LATER])
+@pytest.mark.parametrize("name", [*CHECKPOINTS, "m3-tiny"])
 def test_answers_equal_generate(name, numbers, loaded, graphs):
     model, processor = m3_tiny() if name == "m3-tiny" else loaded[name]
     inputs = prepared(processor, numbers)
@@ -214,7 +211,7 @@ def test_many_tiles_go_through_in_parts(loaded, graphs, monkeypatch):
 # The folder
 
 
-@pytest.mark.parametrize("name", [FLAT, *LATER[:1]])
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_the_folder_has_the_processor_and_names_its_axes(name, loaded, exported):
     import onnx
 
@@ -276,7 +273,6 @@ def test_graphs_that_answer_otherwise_are_not_left(weight, converted, exported, 
 # Other models
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -323,7 +319,6 @@ def test_other_language_models(overrides, tmp_path):
     torch.testing.assert_close(torch.cat(outputs, dim=1), expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

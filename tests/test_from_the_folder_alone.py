@@ -80,6 +80,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.pages
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_everything_works_where_the_package_cannot_be_imported(name, converted, tmp_path):
     script = tmp_path / "script.py"

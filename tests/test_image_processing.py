@@ -184,7 +184,7 @@ def on_a_whole_canvas(pixels, edge, resample, background):
     return np.array(canvas.resize((edge, edge), resample)).transpose(2, 0, 1)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     longer=st.integers(40, 1200),
     share=st.floats(0, 1),

@@ -43,13 +43,16 @@ def test_folder_is_small_and_whole():
         assert filecmp.cmp(folder / name, Path(modeling_m3.__file__).with_name(name), shallow=False), name
 
 
-@pytest.mark.parametrize("scale", [576, 36, 9, 1])
+@pytest.mark.parametrize(
+    "scale", [576, pytest.param(36, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow), 1]
+)
 def test_answers_questions_that_need_no_detail(m3_tiny, scale):
     model, processor = m3_tiny
     answers = evaluate(model, processor, itertools.islice(held_out_easy_vqa(), 24), [scale])["average"]
     assert answers.correct.mean() > 0.97
 
 
+@pytest.mark.slow
 def test_sees_with_many_tokens_what_it_cannot_with_few(m3_tiny):
     model, processor = m3_tiny
     seen = evaluate(model, processor, held_out_scenes(32), [1, 9, 144, 576])["average"].summary()
@@ -69,6 +72,7 @@ def test_answers_as_the_readme_says(m3_tiny):
     assert answers.correct.tolist() == [[False, False, False, True, True], [True] * 5]
 
 
+@pytest.mark.slow
 def test_counts_what_generate_answers(m3_tiny):
     """`evaluate` packs all questions about a picture and never generates; one by one, `generate` must agree."""
     model, processor = m3_tiny

@@ -276,8 +276,15 @@ class Echo(torch.nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-@pytest.mark.parametrize("name", ["llava15-m3", "llava-next-m3"])
+@pytest.mark.parametrize(
+    ("name", "padding_side"),
+    [
+        ("llava15-m3", "right"),
+        ("llava-next-m3", "left"),
+        pytest.param("llava15-m3", "left", marks=pytest.mark.slow),
+        pytest.param("llava-next-m3", "right", marks=pytest.mark.slow),
+    ],
+)
 def test_inputs_are_cut_to_what_the_processor_writes(name, padding_side, fresh):
     """Real pictures and prompts of both families."""
     model, processor = fresh(name)

@@ -61,7 +61,7 @@ def encode(model, processor, image):
         return model.encode_images(inputs["pixel_values"], inputs.get("image_sizes"), inputs["image_tile_grids"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     grid=st.one_of(st.none(), st.just((0, 0)), st.tuples(st.integers(1, 4), st.integers(1, 4))),
     size=st.one_of(
@@ -85,7 +85,7 @@ def test_there_is_one_box_for_each_token(grid, size, merge_type, scale):
     assert len({box.describe() for box in boxes}) == len(boxes)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     size=st.one_of(
         st.tuples(st.integers(1, 200), st.integers(1, 200)), st.sampled_from([(1, 1000), (1000, 1), (7, 5000)])
@@ -229,7 +229,7 @@ def test_mean_colours(name, scale, everything):
 def test_the_token_at_the_centre_of_its_box(name, scale, everything):
     seen = see(everything[name][1], picture("img4_200x700.png"))
     boxes = seen.boxes(scale)
-    some = boxes if scale < 100 else boxes[:: len(boxes) // 100] + boxes[-30:]
+    some = boxes[:: 1 + len(boxes) // 40] + boxes[-5:]
     for box in some:
         assert seen.token_at((box.left + box.right) / 2, (box.top + box.bottom) / 2, scale) == box.index
         assert seen.token_at(box.left, box.top, scale) == box.index

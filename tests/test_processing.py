@@ -53,7 +53,11 @@ PROCESSORS = {merge_type: tiny_processor(merge_type, PINPOINTS) for merge_type i
 PROCESSORS["one view"] = tiny_processor()
 
 
-@settings(max_examples=2000, deadline=None)
+@pytest.mark.parametrize("examples", [400, pytest.param(2000, marks=pytest.mark.slow)])
+def test_placeholders_equal_features_for_every_picture(examples):
+    settings(max_examples=examples, deadline=None)(placeholders_equal_features)()
+
+
 @given(
     size=st.one_of(
         st.tuples(st.integers(1, 200), st.integers(1, 200)),
@@ -63,7 +67,7 @@ PROCESSORS["one view"] = tiny_processor()
     kind=st.sampled_from(list(MODELS)),
     pinpoints=st.one_of(st.none(), st.lists(st.sampled_from(PINPOINTS), min_size=1, unique_by=tuple)),
 )
-def test_placeholders_equal_features_for_every_picture(size, scale, kind, pinpoints):
+def placeholders_equal_features(size, scale, kind, pinpoints):
     processor = PROCESSORS[kind]
     inputs = processor(
         images=Image.new("RGB", size[::-1]),

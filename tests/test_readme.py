@@ -34,6 +34,7 @@ def run(arguments, folder):
     return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.pages
 def test_commands(folder):
     ran = []
     for command in COMMANDS:
@@ -48,6 +49,7 @@ def test_commands(folder):
         assert (folder / written / "config.json").is_file()
 
 
+@pytest.mark.pages
 @pytest.mark.parametrize("block", PYTHON, ids=["pipeline", "classes"])
 def test_python_blocks(block, folder):
     if not (folder / "m3-demo").exists():

@@ -101,6 +101,7 @@ def test_four_steps_have_the_originals_losses(converted, tmp_path):
         assert logged[0][f"loss_at_{scale['scale']}"] == pytest.approx(scale["loss"], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_losses_of_an_unbroken_one(converted, tmp_path):
     data = records(4, 2)
     settings = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2, "scale_choice": "random", "lora_r": 4}
@@ -122,6 +123,7 @@ def test_a_resumed_run_has_the_losses_of_an_unbroken_one(converted, tmp_path):
     assert_same_model(unbroken.model, final)  # LoRA is merged
 
 
+@pytest.mark.slow
 def test_a_resumed_run_counts_the_bad_records_of_before(converted, tmp_path, caplog):
     data = records(4, 2)
     data[1]["image"] = "none.png"

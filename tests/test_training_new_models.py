@@ -124,6 +124,7 @@ def test_train_projector_trains_it_alone():
         ModelArguments("unused", train="projector", lora=True)
 
 
+@pytest.mark.slow
 def test_two_stages(converted, tmp_path):
     """Stage one on captions writes the projector alone; stage two begins with it, and trains LoRA beside it."""
     data = tmp_path / "data.json"
@@ -267,6 +268,7 @@ def run_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_stopped_goes_on_as_if_it_was_not(run_folder, monkeypatch):
     tmp_path, start = run_folder, default_checkpoint()
     whole = new_model.train(tmp_path / "whole", "stage-2", start, stages()["stage-2"], save_steps=1)

@@ -33,6 +33,10 @@ def test_the_documentation_says_the_same():
     assert named == REFUSED.keys() | CHECKED
 
 
+def slow(options):
+    return pytest.param(options, marks=pytest.mark.slow)
+
+
 @pytest.fixture
 def run(converted, tmp_path, capsys):
     """Runs the command on six records. Returns its status, its last line on stderr, and the losses it logged."""
@@ -94,12 +98,12 @@ def test_two_gpus_in_one_process_are_refused_with_the_line_that_starts_two(run, 
 
 @pytest.mark.parametrize("options", [
     "--gradient_checkpointing",
-    '--gradient_checkpointing --gradient_checkpointing_kwargs {"use_reentrant":true}',
-    "--use_cache true",
-    "--full_determinism",
-    "--max_grad_norm 0",
-    "--average_tokens_across_devices false",
     "--ddp_find_unused_parameters true --remove_unused_columns true --label_names answer --include_num_input_tokens_seen true",
+    slow('--gradient_checkpointing --gradient_checkpointing_kwargs {"use_reentrant":true}'),
+    slow("--use_cache true"),
+    slow("--full_determinism"),
+    slow("--max_grad_norm 0"),
+    slow("--average_tokens_across_devices false"),
 ])  # fmt: skip
 def test_what_changes_no_loss_changes_none(options, run, plain_losses):
     status, _, logged = run(*options.split(), lr_scheduler_type="constant", max_grad_norm=0)
@@ -125,10 +129,11 @@ def plain_losses(converted, tmp_path_factory):
 
 
 @pytest.mark.parametrize("options", [
-    "--bf16", "--neftune_noise_alpha 5", "--optim sgd", "--optim adafactor", "--optim paged_adamw_8bit", "--optim lion_8bit",
-    "--group_by_modality_length false", "--train_sampling_strategy sequential --group_by_modality_length false",
-    "--lr_scheduler_type cosine", "--gradient_accumulation_steps 2",
+    "--bf16", "--gradient_accumulation_steps 2",
     "--lora --lora_r 4 --freeze_vision_tower --freeze_projector --gradient_checkpointing",
+    slow("--neftune_noise_alpha 5"), slow("--optim sgd"), slow("--optim adafactor"), slow("--optim paged_adamw_8bit"),
+    slow("--optim lion_8bit"), slow("--group_by_modality_length false"),
+    slow("--train_sampling_strategy sequential --group_by_modality_length false"), slow("--lr_scheduler_type cosine"),
 ])  # fmt: skip
 def test_what_changes_how_it_trains_trains(options, run, plain_losses):
     status, _, logged = run(*options.split())

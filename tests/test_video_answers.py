@@ -111,7 +111,15 @@ def test_the_pipeline_answers_about_a_video(loaded):
     assert found["generated_text"] == processor.decode(answer(model, inputs)[0], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("numbers", [9, [9, 1, 36], [[9] * 64, 1, 36], [9] * 64 + [1] * 256 + [36]])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        9,
+        [9] * 64 + [1] * 256 + [36],
+        *(pytest.param(numbers, marks=pytest.mark.slow) for numbers in ([9, 1, 36], [[9] * 64, 1, 36])),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["flat", "spatial_unpad"])
 def test_long_videos_images_and_text_in_one_batch_are_single_calls(kind, numbers):
     model, processor = tiny(kind)

@@ -40,7 +40,7 @@ def test_counts_equal_the_original_at_every_scale_and_merge_type():
     assert compared == 2 * 110 * 3 * 6
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     height=st.one_of(st.integers(1, 5000), st.sampled_from([1, 7])),
     width=st.one_of(st.integers(1, 5000), st.sampled_from([1, 1000, 5000])),

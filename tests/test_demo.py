@@ -131,11 +131,16 @@ def talkative(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser(tmp_path_factory):
+    """Whose camera sees the scene."""
     from playwright.sync_api import sync_playwright
 
+    film = tmp_path_factory.mktemp("camera") / "scene.mjpeg"
+    Image.open(SCENE).convert("RGB").resize((640, 640)).save(film, "JPEG", quality=95)
+    arguments = ["--no-sandbox", "--disable-dev-shm-usage", f"--use-file-for-fake-video-capture={film}"]
+    arguments += [f"--use-fake-{what}-for-media-stream" for what in ("device", "ui")]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         yield browser
         browser.close()
 
@@ -251,6 +256,34 @@ def test_a_question_holds_what_it_will(page):
     question = '<image> <b>&amp;</b> "quoted" </s>\nand another line'
     ask(page, question, 9)
     assert finished(page) == said_by_m3_ask(question, "--num-visual-tokens", 9)
+
+
+def test_a_picture_is_pasted(browser, server):
+    with opened(browser, server, permissions=["clipboard-read", "clipboard-write"]) as page:
+        page.evaluate(
+            """bytes => navigator.clipboard.write([
+                new ClipboardItem({"image/png": new Blob([Uint8Array.from(bytes)], {type: "image/png"})})
+            ])""",
+            list(SCENE.read_bytes()),
+        )
+        page.locator("#m3-picture").get_by_label("Paste from clipboard").click()
+        page.locator("#m3-picture img").wait_for()
+        page.get_by_label("Question", exact=True).fill("What does the code say?")
+        button(page, "Ask").click()
+        assert finished(page) == said_by_m3_ask("What does the code say?")
+
+
+def test_a_picture_of_the_camera_can_be_read(browser, server):
+    """It is not mirrored, as gradio's are."""
+    with opened(browser, server, permissions=["camera"]) as page:
+        picture = page.locator("#m3-picture")
+        picture.get_by_label("Capture from camera").click()
+        picture.get_by_text("Click to Access Webcam").click()
+        picture.get_by_label("capture photo").click()
+        picture.locator("img").wait_for()
+        page.get_by_label("Question", exact=True).fill("What does the code say?")
+        button(page, "Ask").click()
+        assert finished(page) == said_by_m3_ask("What does the code say?")
 
 
 def test_compare(browser, server, tmp_path):

@@ -32,7 +32,11 @@ Upload = dict[str, Any]  # what gradio says about a file that somebody uploaded:
 def picture_input(label: str, height: int, elem_id: str) -> gr.Image:
     """By upload, from the clipboard or the camera. Handlers get an `Upload`."""
     sources = ["upload", "clipboard", "webcam"]
-    return gr.Image(label=label, height=height, elem_id=elem_id, sources=sources, type="filepath", buttons=[])
+    # A mirrored picture, which gradio takes otherwise, is another: nothing in it can be read.
+    video = {"facingMode": "environment", "width": {"ideal": 1920}, "height": {"ideal": 1440}}
+    camera = gr.WebcamOptions(mirror=False, constraints={"video": video})
+    look = {"label": label, "height": height, "elem_id": elem_id, "buttons": []}
+    return gr.Image(sources=sources, webcam_options=camera, type="filepath", **look)
 
 
 @dataclass

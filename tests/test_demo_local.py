@@ -23,7 +23,7 @@ import torch
 from conftest import CHECKPOINTS
 from hypothesis import given, settings, strategies
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 import modeling_m3
 from benchmarks.roofline import analyze
@@ -129,6 +129,22 @@ def test_answers_are_those_of_generate(name, models):
     ):
         answer = last(ours.answer(messages, each, Person()))
         assert answer.text == generated(model, processor, messages, each)
+
+
+@pytest.mark.parametrize(("quantize", "bits"), [("nf4", 4), ("int8", 8)])
+def test_fewer_bits_answer_as_transformers_own(quantize, bits):
+    pytest.importorskip("bitsandbytes")
+    ours, how = LocalModel(quantize=quantize), Settings(max_new_tokens=5)
+    ours.load(lambda words, share: None)
+    assert f"float32 with a language model in {bits} bits" in ours.facts and ours.facts.startswith("2.8 million")
+    folder = modeling_m3.default_checkpoint()
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+    as_stored = {4: four, 8: {"load_in_8bit": True}}[bits]
+    model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**as_stored))
+    for number in ours.scales:
+        messages = [Message("user", "What does the code say?", (picture(number),))]
+        answer = last(ours.answer(messages, how, Person()))
+        assert answer.text == generated(model, ours.processor, messages, how)
 
 
 @pytest.mark.parametrize("name", ["m3-tiny", *CHECKPOINTS])

@@ -44,3 +44,17 @@ def test_what_is_told(stages, status, counts, notice, tmp_path):
     *_, told, closing = result.stdout.splitlines()
     assert closing == f"stages: {counts}"
     assert re.match(notice, told)
+
+
+def test_each_stage_is_the_first_of_some_sources(tmp_path, monkeypatch):
+    """All of them in their order, from that one on; what is ignored by git, as an environment in .venv, is no source."""
+    monkeypatch.chdir(tmp_path)
+    slots, seen = {"good": "3", "bad": "4", "lacking": "5"}, set()
+    for number in range(20):
+        (tmp_path / "module.py").write_text(f"{number}")
+        found = [run(f"in_turn {' '.join(sum(slots.items(), ()))}", tmp_path).stdout for _ in range(2)]
+        started = [tuple(re.findall(r"^== (\w+) \((\d) minutes", output, re.MULTILINE)) for output in found]
+        assert started[0] == started[1] and dict(started[0]) == slots
+        seen.add(started[0])
+    order = [*slots.items()] * 2
+    assert seen == {tuple(order[first : first + 3]) for first in range(3)}

@@ -27,7 +27,8 @@ from m3_conversion.exported_graphs import check_exportable, export_language, exp
 from m3_conversion.onnx_answers import OnnxM3  # noqa: E402
 
 
-pytestmark = pytest.mark.slow  # an export takes 20 s of one core
+# An export takes 20 s of one core: by --dist=loadgroup one process makes each, for all tests.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("export")]
 SCALES = (1, 9, 36, 144, 576)
 FLAT, ANYRES = CHECKPOINTS
 GOLDEN_CASES = [

@@ -95,9 +95,11 @@ class LocalModel:
         parameters = self.model.num_parameters()
         size = f"{parameters / 1e9:.3g} billion" if parameters >= 1e9 else f"{parameters / 1e6:.2g} million"
         precision = str(self.model.dtype).removeprefix("torch.")
-        if quantization := getattr(self.config, "quantization_config", None):
-            precision += f" with a language model in {4 if quantization.load_in_4bit else 8} bits"
-        self.facts = f"{size} parameters, {precision}, on {self.model.device}, context of {self.config.text_config.max_position_embeddings:,} tokens"
+        quantized = getattr(self.config, "quantization_config", None)
+        if bits := [bits for bits in (4, 8) if getattr(quantized, f"load_in_{bits}bit", False)]:
+            precision += f" with a language model in {bits[0]} bits"
+        context = f"context of {self.config.text_config.max_position_embeddings:,} tokens"
+        self.facts = f"{size} parameters, {precision}, on {self.model.device}, {context}"
         tell("Warming up", None)  # the first call is slower
         blank = Picture(Image.new("RGB", (64, 64)), "blank", self.scales[0], "blank")
         for _ in self.answer([Message("user", "?", (blank,))], Settings(max_new_tokens=2), Person()):

@@ -47,7 +47,7 @@ def test_what_is_told(stages, status, counts, notice, tmp_path):
 
 
 def test_each_stage_is_the_first_of_some_sources(tmp_path, monkeypatch):
-    """All of them in their order, from that one on; what is ignored by git, as an environment in .venv, is no source."""
+    """All of them in their order, from that one on, and the same one for the same sources."""
     monkeypatch.chdir(tmp_path)
     slots, seen = {"good": "3", "bad": "4", "lacking": "5"}, set()
     for number in range(20):

@@ -119,12 +119,6 @@ def test_a_template_that_writes_bos_gets_no_second_one(processor):
     assert encoded.input_ids.count(processor.tokenizer.bos_token_id) == 1
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(processor):
-    template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="rewrites earlier turns"):
-        encode(talk("Hi", "Ho"), "chat_template", dataclasses.replace(processor, chat_template=template))
-
-
 @pytest.mark.parametrize(
     ("conversation", "template", "message"),
     [

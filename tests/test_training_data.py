@@ -52,7 +52,7 @@ def test_records_are_read_from_json_and_from_lines(tmp_path):
     [
         ("none.json", None, "There is no data file"),
         ("bad.json", "[{", "bad.json is not valid JSON: .*line 1"),
-        ("bad.jsonl", '{"id": 1}\n{"id": ', "bad.jsonl is not valid JSON"),
+        ("bad.jsonl", '{"id": 1}\n{"id": ', "bad.jsonl, line 2 is not JSON"),
         ("dict.json", "{}", "must hold a list of records"),
         ("empty.json", "[]", "with at least one"),
         ("numbers.json", "[1]", "must hold a list of records"),

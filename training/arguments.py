@@ -94,9 +94,15 @@ class DataArguments:
         default=2048, metadata={"help": "Tokens, those of images included, that a sample is cut to; never in an image."}
     )
     strict: bool = field(default=False, metadata={"help": "Stop at the first bad sample, in place of skipping it."})
+    show: int = field(
+        default=0,
+        metadata={"help": "Show so many records as the model sees them, with what is supervised marked, and end."},
+    )
 
     def __post_init__(self):
         check_template(self.template)
+        if self.show < 0:
+            raise ValueError(f"show={self.show}: give a number of records.")
 
 
 @dataclass

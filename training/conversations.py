@@ -3,18 +3,23 @@
 Source: `preprocess_multimodal` and `preprocess` of the original's `llava/train/train.py`, prompts of its
 `llava/conversation.py`. They find an answer by counting: each round of a prompt is tokenized again, alone, and the lengths
 are laid end to end. Where the sum is not the length of the whole, nothing of the sample is supervised. Both are kept, so
-that the labels are the original's. The template "chat_template" is not the original's: it renders the checkpoint's own
-template turn by turn and finds answers by their characters.
+that the labels are the original's. The template "chat_template" is not the original's: it is the checkpoint's own, and
+`chat_layout` says what of it is supervised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from modeling_m3 import M3LlavaProcessor
+
+from .chat_layout import ChatTemplate, Turn
 
 
 IGNORE_INDEX = -100
@@ -23,11 +28,27 @@ IMAGE_MARK = "<image>"  # in data, whatever the checkpoint's own token for it
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation with one placeholder per image. `mismatch` says why nothing is supervised, where that is so."""
+    """A conversation, as one sequence of tokens or several.
+
+    Attributes:
+        input_ids: with one placeholder per image; sequences one after the other.
+        labels: of these tokens.
+        mismatch: why nothing is supervised, where that is so.
+        lengths: of the sequences, where there are several: each is read alone, and begins with the conversation's first turn.
+        adds_end: whether answers end with the tokenizer's end token because the chat template writes no end.
+    """
 
     input_ids: list[int]
     labels: list[int]
     mismatch: str | None = None
+    lengths: tuple[int, ...] = ()
+    adds_end: bool = False
+
+    @property
+    def sequences(self) -> list[tuple[list[int], list[int]]]:
+        """The tokens and labels of each sequence."""
+        ends = list(accumulate(self.lengths or [len(self.input_ids)]))
+        return [(self.input_ids[start:end], self.labels[start:end]) for start, end in zip([0, *ends], ends)]
 
 
 def encode(
@@ -37,13 +58,15 @@ def encode(
 
     Args:
         conversation: turns as `{"from": "human" | "gpt", "value": text}`, with one `<image>` in the text per image. The
-            marks of a turn are moved to its start, each with a newline, as the original does.
+            marks of a turn are moved to its start, each with a newline, as the original does, or to where the checkpoint's
+            own template puts images. A first turn by gpt is left out, as by the original.
         template: a name of `TEMPLATES`.
         processor: of the checkpoint; its tokenizer must be a fast one.
         max_length: the original compares lengths only in prompts of fewer tokens, an image counted as one.
 
     Raises:
-        ValueError: turns that are not by human and gpt in alternation, or that the template cannot take.
+        ValueError: turns that are not by human and gpt in alternation, or that the template cannot take or does not write
+            whole.
     """
     check_template(template)
     turns = [_turn(turn) for turn in conversation]
@@ -60,7 +83,7 @@ def encode(
         IGNORE_INDEX if token == processor.image_token_id else label
         for token, label in zip(encoded.input_ids, encoded.labels)
     ]
-    return Encoded(encoded.input_ids, labels, encoded.mismatch)
+    return replace(encoded, labels=labels)
 
 
 def check_template(template: str) -> None:
@@ -209,45 +232,52 @@ def _v0(turns: _Turns, processor: M3LlavaProcessor, max_length: int | None) -> E
 
 
 def _chat_template(turns: _Turns, processor: M3LlavaProcessor, max_length: int | None) -> Encoded:
-    """An answer is what a rendering that ends with it has beyond the prompt for it."""
-
-    def render(messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        return processor.tokenizer.apply_chat_template(
-            messages,
-            chat_template=processor.chat_template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-
+    """The checkpoint's own."""
+    template = _own_template(processor.tokenizer, processor.chat_template, processor.image_token)
     roles = {"human": "user", "gpt": "assistant"}
-    messages = [{"role": roles[speaker], "content": _content(text)} for speaker, text in turns]
-    whole = render(messages)
-    answers = []
-    for end in range(2, len(messages) + 1, 2):
-        prompt = render(messages[: end - 1], add_generation_prompt=True)
-        answered = render(messages[:end])
-        if not (whole.startswith(answered) and answered.startswith(prompt)):
-            raise ValueError("the checkpoint's chat template rewrites earlier turns, so answers cannot be told apart")
-        answers.append(range(len(prompt), len(answered)))
-    return _mask_characters(whole, answers, processor.tokenizer)
+    chat = [
+        Turn(roles[speaker], text.replace(IMAGE_MARK, "").strip() if images else text, images)
+        for speaker, text in turns
+        for images in [text.count(IMAGE_MARK)]
+    ]
+    written = template.write(chat)
+    sequences = [_mask_characters(one.text, one.answers, processor.tokenizer) for one in written]
+    lengths = tuple(len(input_ids) for input_ids, _ in sequences)
+    return Encoded(
+        [token for input_ids, _ in sequences for token in input_ids],
+        [label for _, labels in sequences for label in labels],
+        mismatch=None if any(one.answers for one in written) else "no answer has a text",
+        lengths=lengths if len(lengths) > 1 else (),
+        adds_end=any(one.adds_end for one in written),
+    )
 
 
-def _content(text: str) -> str | list[dict[str, str]]:
-    """Texts with images as parts: so every template writes its own mark."""
-    marks = text.count(IMAGE_MARK)
-    if not marks:
-        return text
-    return [{"type": "image"}] * marks + [{"type": "text", "text": text.replace(IMAGE_MARK, "").strip()}]
+@lru_cache(maxsize=4)
+def _own_template(tokenizer: PreTrainedTokenizerBase, template: str | None, image_token: str) -> ChatTemplate:
+    if template is None:
+        raise ValueError(
+            f"the checkpoint has no chat template: choose another template from {', '.join(TEMPLATES[1:])}"
+        )
+    return ChatTemplate(tokenizer, template, image_token)
 
 
-def _mask_characters(text: str, answers: list[range], tokenizer: Any) -> Encoded:
+def _mask_characters(
+    text: str, answers: list[range], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """The tokens of a text, and labels of those that hold a character of an answer."""
     starts_with_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     encoding = tokenizer(text, add_special_tokens=not starts_with_bos, return_offsets_mapping=True)
-    labels = [
-        token if start < end and any(start in answer for answer in answers) else IGNORE_INDEX
-        for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"])
-    ]
-    return Encoded(encoding["input_ids"], labels)
+    input_ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    labels = [IGNORE_INDEX] * len(input_ids)
+    index = 0
+    for answer in answers:
+        # A space at the end of a prompt may be in the answer's first token, and a token of no characters before it.
+        while index < len(offsets) and offsets[index][0] < answer.start and offsets[index][1] <= answer.start:
+            index += 1
+        while index < len(offsets) and offsets[index][0] < answer.stop and answer.start <= offsets[index][1]:
+            labels[index] = input_ids[index]
+            index += 1
+    return input_ids, labels
 
 
 _HUMAN_ASSISTANT = (

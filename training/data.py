@@ -1,12 +1,12 @@
 """Records in LLaVA's JSON format as samples, and samples as batches.
 
-Shapes use: b rows, s tokens, i images, t tiles of one image. Placeholders are expanded for the finest scale, from which
-the objective makes the coarser ones.
+Shapes use: b rows, s tokens, i images, t tiles of one image, n sequences of one record. Placeholders are expanded for the
+finest scale, from which the objective makes the coarser ones. A record is one sequence, or one for each of its answers where the
+chat template rewrites earlier turns: those stay together in one batch.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from m3_conversion.json_files import read_json, read_json_lines
 from modeling_m3 import M3LlavaProcessor
 from modeling_m3.visual_tokens import expand_placeholders
 
-from .conversations import IGNORE_INDEX, IMAGE_MARK, check_template, encode
+from .conversations import IGNORE_INDEX, IMAGE_MARK, Encoded, check_template, encode
 
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ Sample = dict[str, torch.Tensor]
 _BAD, _UNSUPERVISED = 1, 2
 _NOTES = {"skipped": _BAD, "without anything supervised": _UNSUPERVISED}
 _MOST_BAD_IN_A_ROW = 100
+_FIRST = 16  # records, that are laid out before anything is loaded
 
 
 class BadSampleError(ValueError):
@@ -50,16 +51,7 @@ def read_records(file: str | Path) -> list[Record]:
     file = Path(file)
     if not file.is_file():
         raise ValueError(f"There is no data file {file}.")
-    text = file.read_text(encoding="utf-8")
-    try:
-        if file.suffix == ".jsonl":
-            # Not splitlines(), which also breaks at characters that JSON allows in a string.
-            records = [json.loads(line) if line.strip() else None for line in text.split("\n")]
-            records = [record for record in records if record is not None]
-        else:
-            records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+    records = [record for _, record in read_json_lines(file)] if file.suffix == ".jsonl" else read_json(file)
     if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{file} must hold a list of records, as LLaVA's data files do, with at least one.")
     return records
@@ -104,7 +96,8 @@ class LlavaDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         """`input_ids` and `labels` of shape (s,); with images also what the image processor returns for them, and
-        `num_visual_tokens` of shape (i,).
+        `num_visual_tokens` of shape (i,). Where the record is several sequences, `lengths` of shape (n,): they stand one after
+        the other, each with the images in it.
 
         Raises:
             BadSampleError: with `strict`, or where a hundred records in a row are bad.
@@ -112,13 +105,58 @@ class LlavaDataset(Dataset):
         bad = []
         for candidate in islice(self._with_stand_ins(index), _MOST_BAD_IN_A_ROW):
             try:
-                return self._sample(candidate)
+                return self.sample(candidate)
             except BadSampleError as error:
                 if self.strict:
                     raise
                 self._note(candidate, _BAD, f"{error}. It is skipped.")
                 bad.append(error)
         raise BadSampleError(f"{len(bad)} record(s) in a row cannot be used. The last one is {bad[-1]}.")
+
+    def first_encoded(self) -> Encoded:
+        """Return the first record that can be used, of which something is supervised if of any; its images are not opened.
+
+        Raises:
+            BadSampleError: none of the first 16 can be used; with `strict`, the first cannot, images included.
+        """
+        if self.strict:
+            self.sample(0)
+        errors, unsupervised = [], []
+        for index in range(min(len(self.records), _FIRST)):
+            try:
+                encoded = self._encoded(self.records[index])
+            except ValueError as error:
+                errors.append(f"{self.name(index)}: {error}")
+                continue
+            if encoded.mismatch is None:
+                return encoded
+            unsupervised.append(encoded)
+        if unsupervised:
+            return unsupervised[0]
+        raise BadSampleError(f"None of the first {len(errors)} record(s) can be used. {errors[0]}.")
+
+    def sample(self, index: int) -> Sample:
+        """Return the sample of one record, as `dataset[index]` does where it is a good one.
+
+        Raises:
+            BadSampleError: it is not.
+        """
+        record = self.records[index]
+        try:
+            images = [self._open(image) for image in _images(record)]
+            encoded = self._encoded(record)
+            prepared = dict(self.processor.image_processor(images, return_tensors="pt")) if images else {}
+            parts = [self._expanded(ids, labels, prepared) for ids, labels in encoded.sequences]
+        except ValueError as error:
+            raise BadSampleError(f"{_name(index, record)}: {error}") from error
+        # The last sequence has all images; an earlier one may have none.
+        sample = {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[-1]}
+        if len(parts) > 1:
+            sample["lengths"] = torch.tensor([len(part["input_ids"]) for part in parts])
+        if (sample["labels"] == IGNORE_INDEX).all():
+            reason = encoded.mismatch or f"it has no answer within max_length={self.max_length}"
+            self._note(index, _UNSUPERVISED, f"{_name(index, record)}: {reason}. Nothing of it is supervised.")
+        return sample
 
     def name(self, index: int) -> str:
         """What a record is called in messages."""
@@ -155,36 +193,29 @@ class LlavaDataset(Dataset):
             self._notes[index] = note
             logger.warning(message)
 
-    def _sample(self, index: int) -> Sample:
-        record = self.records[index]
-        name = _name(index, record)
-        try:
-            images = [self._open(image) for image in _images(record)]
-            conversation = record.get("conversations")
-            if not isinstance(conversation, list):
-                raise ValueError(f"conversations must be a list of turns, not {conversation!r}")
-            encoded = encode(conversation, self.template, self.processor, self.max_length)
-            marks = encoded.input_ids.count(self.processor.image_token_id)
-            if marks != len(images):
-                raise ValueError(f"its text has {marks} {IMAGE_MARK} mark(s) for {len(images)} image(s)")
-            prepared = dict(self.processor.image_processor(images, return_tensors="pt")) if images else {}
-            counts = [self.processor.image_layout(prepared, i).count(self.scale) for i in range(len(images))]
-            sources = expand_placeholders(encoded.input_ids, self.processor.image_token_id, counts)
-            input_ids = [encoded.input_ids[i] for i in sources]
-            self._check_length(input_ids)
-        except (ValueError, TemplateError) as error:
-            raise BadSampleError(f"{name}: {error}") from error
+    def _encoded(self, record: Record) -> Encoded:
+        conversation = record.get("conversations")
+        if not isinstance(conversation, list):
+            raise ValueError(f"conversations must be a list of turns, not {conversation!r}")
+        encoded = encode(conversation, self.template, self.processor, self.max_length)
+        marks = max(ids.count(self.processor.image_token_id) for ids, _ in encoded.sequences)
+        if marks != len(_images(record)):
+            raise ValueError(f"its text has {marks} {IMAGE_MARK} mark(s) for {len(_images(record))} image(s)")
+        return encoded
+
+    def _expanded(self, input_ids: list[int], labels: list[int], prepared: Sample) -> Sample:
+        """A sequence at the finest scale, cut, with those of a record's images that are in it."""
+        images = input_ids.count(self.processor.image_token_id)
+        counts = [self.processor.image_layout(prepared, i).count(self.scale) for i in range(images)]
+        sources = expand_placeholders(input_ids, self.processor.image_token_id, counts)
+        expanded = [input_ids[i] for i in sources]
+        self._check_length(expanded)
         sample = {
-            "input_ids": torch.tensor(input_ids[: self.max_length]),
-            "labels": torch.tensor([encoded.labels[i] for i in sources[: self.max_length]]),
-            **prepared,
+            "input_ids": torch.tensor(expanded[: self.max_length]),
+            "labels": torch.tensor([labels[i] for i in sources[: self.max_length]]),
+            **{name: value[:images] for name, value in prepared.items() if images},
         }
-        if (sample["labels"] == IGNORE_INDEX).all():
-            reason = encoded.mismatch or f"it has no answer within max_length={self.max_length}"
-            self._note(index, _UNSUPERVISED, f"{name}: {reason}. Nothing of it is supervised.")
-        if images:
-            sample["num_visual_tokens"] = torch.full((len(images),), self.scale)
-        return sample
+        return sample | ({"num_visual_tokens": torch.full((images,), self.scale)} if images else {})
 
     def _open(self, image: Any) -> Image.Image:
         if isinstance(image, Image.Image):
@@ -229,7 +260,7 @@ class EvaluationDataset(LlavaDataset):
         """
         if index < len(self.records):
             try:
-                return self._sample(index)
+                return self.sample(index)
             except BadSampleError as error:
                 if self.strict:
                     raise
@@ -251,12 +282,13 @@ class Collator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, samples: Sequence[Sample]) -> Sample:
-        """`input_ids`, `labels` and `attention_mask` of shape (b, s); the images of all rows one after the other:
+        """`input_ids`, `labels` and `attention_mask` of shape (b, s), a row for each sequence; the images of all rows one after the other:
         `pixel_values` of shape (i, c, h, w) or (i, most t, c, h, w) with zeros after an image's last tile,
         `num_visual_tokens` of shape (i,), `image_tile_grids` and `image_sizes` of shape (i, 2)."""
-        lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+        rows = {name: [row for sample in samples for row in rows_of(sample, name)] for name in ("input_ids", "labels")}
+        lengths = torch.tensor([len(row) for row in rows["input_ids"]])
         batch = {
-            name: pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=value)
+            name: pad_sequence(rows[name], batch_first=True, padding_value=value)
             for name, value in (("input_ids", self.pad_token_id), ("labels", IGNORE_INDEX))
         }
         batch["attention_mask"] = (torch.arange(lengths.max()) < lengths[:, None]).long()
@@ -267,6 +299,11 @@ class Collator:
                 if name in with_images[0]:
                     batch[name] = torch.cat([sample[name] for sample in with_images])
         return batch
+
+
+def rows_of(sample: Sample, name: str) -> Sequence[torch.Tensor]:
+    """Return `input_ids` or `labels` of each sequence of a sample, (s,) each."""
+    return sample[name].split(sample["lengths"].tolist()) if "lengths" in sample else [sample[name]]
 
 
 def _name(index: int, record: Record) -> str:

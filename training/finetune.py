@@ -18,8 +18,8 @@ from accelerate.utils import gather_object
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-import modeling_m3  # noqa: F401 - registers the classes
 from m3_conversion.original import local_folder
+from modeling_m3 import M3LlavaProcessor
 from modeling_m3.checkpoint import check_checkpoint
 
 from .arguments import DataArguments, M3TrainingArguments, ModelArguments, parse
@@ -28,6 +28,7 @@ from .export import export
 from .options import check_options
 from .parameters import prepare_parameters
 from .projector import read_projector
+from .shown import CLOSES, OPENS, shown
 from .stopping import Stopper, UndisturbedCollator
 from .trainer import M3Trainer, OptimizerClass
 
@@ -69,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Stopper() as stopper:
         try:
             parsed = parse(sys.argv[1:] if arguments is None else arguments)
+            if parsed[1].show:
+                return _show(_data(*parsed)[1], parsed[1].show)
             trainer = _prepare(*parsed, callbacks=[stopper])
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             return _fail(" ".join(str(error).split()))
@@ -119,6 +122,40 @@ def _prepare(
 ) -> M3Trainer:
     check_options(arguments)
     _last_checkpoint(Path(arguments.output_dir))
+    processor, train_dataset, eval_dataset = _data(model_arguments, data_arguments, arguments, records)
+    name = model_arguments.model_name_or_path
+    scales = arguments.scales(processor.visual_token_scales)
+    if eval_dataset is not None:
+        eval_dataset.first_encoded()
+    _say_how_records_are_read(train_dataset, arguments)
+    set_seed(arguments.seed)  # LoRA starts at random
+    # In full precision, as the optimizer needs it: `bf16` computes in bfloat16, and the final folder is stored as the source.
+    model = AutoModelForImageTextToText.from_pretrained(
+        name, dtype=torch.float32, attn_implementation=model_arguments.attn_implementation
+    )
+    if model_arguments.projector_weights is not None:
+        read_projector(model, Path(model_arguments.projector_weights))
+    prepare_parameters(model, model_arguments)
+    return M3Trainer(
+        scales=scales,
+        optimizer_class=optimizer_class,
+        model=model,
+        args=arguments,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=UndisturbedCollator(Collator(processor.tokenizer.pad_token_id)),
+        processing_class=processor,
+        callbacks=list(callbacks),
+    )
+
+
+def _data(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    arguments: M3TrainingArguments,
+    records: Sequence[Record] | None = None,
+) -> tuple[M3LlavaProcessor, LlavaDataset, EvaluationDataset | None]:
+    """What a run reads, before anything of the model is loaded."""
     name = model_arguments.model_name_or_path
     config = check_checkpoint(local_folder(name, weights=False))
     if config.get("quantization_config"):
@@ -133,7 +170,6 @@ def _prepare(
     if not Path(data_arguments.image_folder).is_dir():
         raise ValueError(f"image_folder={data_arguments.image_folder} is no folder.")
     processor = AutoProcessor.from_pretrained(name, backend="pil")  # whose pixels are the original's
-    scales = arguments.scales(processor.visual_token_scales)
     samples = {
         "processor": processor,
         "image_folder": data_arguments.image_folder,
@@ -145,25 +181,31 @@ def _prepare(
     if data_arguments.eval_data_path is not None:
         multiple = arguments.world_size * arguments.eval_batch_size
         eval_dataset = EvaluationDataset(read_records(data_arguments.eval_data_path), multiple=multiple, **samples)
-    set_seed(arguments.seed)  # LoRA starts at random
-    # In full precision, as the optimizer needs it: `bf16` computes in bfloat16, and the final folder is stored as the source.
-    model = AutoModelForImageTextToText.from_pretrained(
-        name, dtype=torch.float32, attn_implementation=model_arguments.attn_implementation
-    )
-    if model_arguments.projector_weights is not None:
-        read_projector(model, Path(model_arguments.projector_weights))
-    prepare_parameters(model, model_arguments)
-    return M3Trainer(
-        scales=scales,
-        optimizer_class=optimizer_class,
-        model=model,
-        args=arguments,
-        train_dataset=LlavaDataset(records, **samples),
-        eval_dataset=eval_dataset,
-        data_collator=UndisturbedCollator(Collator(processor.tokenizer.pad_token_id)),
-        processing_class=processor,
-        callbacks=list(callbacks),
-    )
+    return processor, LlavaDataset(records, **samples), eval_dataset
+
+
+def _say_how_records_are_read(dataset: LlavaDataset, arguments: M3TrainingArguments) -> None:
+    """Ends a run that cannot use its first records."""
+    first = dataset.first_encoded()
+    if arguments.process_index:
+        return
+    if first.adds_end:
+        end = dataset.processor.tokenizer.eos_token
+        logger.warning("the chat template writes no end of a turn: %s is added after each answer, and supervised", end)
+    text = shown(dataset[0], dataset.processor)
+    logger.info("a record as the model sees it, with what is supervised in %s %s:\n%s", OPENS, CLOSES, text)
+
+
+def _show(dataset: LlavaDataset, count: int) -> int:
+    """Shows the first records. Returns 1 where none of them can be used, else 0."""
+    used = 0
+    for index in range(min(count, len(dataset))):
+        try:
+            print(f"{dataset.name(index)}:\n{shown(dataset.sample(index), dataset.processor)}\n")
+            used += 1
+        except BadSampleError as error:
+            print(f"{error}. It is skipped.\n")
+    return int(not used)
 
 
 def _train(

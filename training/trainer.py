@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -89,7 +90,7 @@ class M3Trainer(Trainer):
         self._evaluated.zero_()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         *sums, tokens = self.accelerator.reduce(self._evaluated, "sum").tolist()
-        losses = [total / max(tokens, 1) for total in sums]
+        losses = [total / tokens if tokens else math.nan for total in sums]
         output.metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
         output.metrics.update(
             {f"{metric_key_prefix}_loss_at_{scale}": loss for scale, loss in zip(self.scales, losses)}

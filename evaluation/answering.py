@@ -15,9 +15,10 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaProcessor
+from modeling_m3.chats import ChatVideo, videos_as_images
 from modeling_m3.outputs_m3 import M3LlavaEncodedImages
 from modeling_m3.pictures import open_pictures
-from modeling_m3.video_processing_m3 import ChatVideo, decoded, videos_as_images
+from modeling_m3.video_processing_m3 import decoded
 from modeling_m3.videos import sample_video
 from modeling_m3.visual_tokens import AUTO, AUTO_NUMBER, ImageLayout, check_num_visual_tokens, expand_placeholders
 

@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 REMOTE_CODE_FILES = (
     "automatic_budget_m3.py",
     "automatic_generation_m3.py",
+    "chats.py",
     "compiling_m3.py",
     "configuration_m3.py",
     "encoding_m3.py",

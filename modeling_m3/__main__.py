@@ -23,10 +23,10 @@ from transformers.image_utils import load_image
 from transformers.utils import logging
 
 import modeling_m3
+from modeling_m3.chats import SAMPLING_OPTIONS
 from modeling_m3.compiling_m3 import SHORTEST_TEXT
 from modeling_m3.pictures import open_pictures
 from modeling_m3.processing_m3 import MAKES_TEXT_PLAIN
-from modeling_m3.video_processing_m3 import SAMPLING_OPTIONS
 from modeling_m3.videos import sample_video
 from modeling_m3.visual_tokens import AUTO, AUTO_NUMBER
 

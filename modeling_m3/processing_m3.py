@@ -23,8 +23,9 @@ from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
+from .chats import NUMBER, take_options, videos_as_images
 from .pictures import open_pictures
-from .video_processing_m3 import VIDEO_MARK, VideoProcessingMixin, videos_as_images
+from .video_processing_m3 import VIDEO_MARK, VideoProcessingMixin
 from .visual_tokens import (
     AUTO,
     MERGE_TYPES,
@@ -67,6 +68,9 @@ M3LlavaProcessorKwargs._defaults = {}
 
 # Before 5.24 a user's text cannot be made plain, and templates' arguments may take the place of `processor_kwargs`.
 MAKES_TEXT_PLAIN = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
+
+
+BESIDE = "numbers_beside_pictures"  # what `apply_chat_template` hands to a call, which the templates do not see
 
 
 # trf-ignore: TRF057 - see configuration_m3.py
@@ -200,13 +204,15 @@ class M3LlavaProcessor(VideoProcessingMixin, ProcessorMixin):
         for given in (kwargs, kwargs.get("images_kwargs", {})):  # transformers would refuse numpy's and torch's numbers
             for name in given.keys() & {"num_visual_tokens", "image_grid_pinpoints"}:
                 given[name] = as_plain(given[name])
+        beside = kwargs.pop(BESIDE, None)
         if any(given.get("return_text_replacement_offsets") for given in (kwargs, kwargs.get("text_kwargs", {}))):
             numbers = {**kwargs, **kwargs.get("images_kwargs", {})}.get("num_visual_tokens")
             kwargs["num_visual_tokens"] = self._number_for_an_engine(numbers)
             kwargs.get("images_kwargs", {}).pop("num_visual_tokens", None)
+            self._number_for_an_engine(beside)
         if text is not None:
             text = _prompts(text)
-        images, text = self.lay_out_videos(images, text, videos, kwargs)
+        images, text = self.lay_out_videos(images, text, videos, kwargs, beside)
         images = None if images is None else open_pictures(images)
         if isinstance(images, list) and all(isinstance(group, list) and not group for group in images):
             images = None  # no image for any prompt
@@ -240,12 +246,31 @@ class M3LlavaProcessor(VideoProcessingMixin, ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' own, on every release, and for videos: `{"type": "video", "path": ..., "num_frames": 8}`, where path may
-        be url or video too, and options of a call may stand that are meant for this one alone.
+        """As transformers' own, on every release, with numbers beside pictures, and for videos.
 
-        They stand where a template puts an image; what is not tokenized has `<video>` there.
+        `{"type": "image", "path": ..., "num_visual_tokens": 9}` is that picture's number, before that of `processor_kwargs`, where a
+        list has an entry for each picture all the same. In `{"type": "video", "path": ..., "num_frames": 8}` path may be url or video
+        too, and other options of a call may stand that are meant for this one alone. Videos stand where a template puts an
+        image; what is not tokenized has `<video>` there, and can have nothing beside pictures and videos.
+
+        Raises:
+            ValueError: for a number that this checkpoint does not offer, or that cannot be carried.
         """
+        conversation, options = take_options(conversation)
         conversation, is_video = videos_as_images(conversation)
+        beside = [item for own in options for item in own.items()]
+        if beside and not kwargs.get("tokenize"):
+            name, value = beside[0]
+            raise ValueError(
+                f"{name}={value!r} stands beside a picture or a video, and a prompt that is not tokenized cannot carry it: pass "
+                "tokenize=True and return_dict=True, or leave it out and give it in the processor's call."
+            )
+        numbers = [None if video else as_plain(own.get(NUMBER)) for own, video in zip(options, is_video)]
+        for number in numbers:
+            if number is not None:
+                self._scales([number] if isinstance(number, list) else number, 1)
+        if any(number is not None for number in numbers):
+            processor_kwargs = {**(processor_kwargs or {}), BESIDE: numbers}
         if any(is_video) and kwargs.get("return_assistant_tokens_mask"):
             raise ValueError(
                 "return_assistant_tokens_mask cannot be had with videos: give their frames as images, which it counts."

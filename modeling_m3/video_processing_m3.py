@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from transformers import processing_utils
 from transformers.image_utils import make_flat_list_of_images
 
+from .chats import NUMBER, SAMPLING_OPTIONS, VIDEO_OPTIONS, ChatVideo
 from .pictures import open_pictures
 from .videos import Frames, sample_video
 from .visual_tokens import ONE_VIEW, ImageLayout, as_plain, cat_tiles, check_choice
@@ -39,9 +40,6 @@ from .visual_tokens import ONE_VIEW, ImageLayout, as_plain, cat_tiles, check_cho
 VIDEO_LAYOUTS = ("frames", "collage")
 VIDEO_MARK = "<video>"  # no token: it is gone before prompts are tokenized
 FRAMES_AT_ONCE = 32
-
-SAMPLING_OPTIONS = ("num_frames", "fps", "video_start", "video_end", "when_short", "video_fps")
-VIDEO_OPTIONS = (*SAMPLING_OPTIONS, "video_layout", "total_visual_tokens", "add_timestamps")
 
 # Source: the authors' `IG-VLM/eval_llava_multiplechoice.py`.
 COLLAGE_SENTENCE = "The provided image arranges keyframes from a video in a grid view."
@@ -107,13 +105,6 @@ def _resized(frame: Image.Image, width: int, height: int) -> Image.Image:
     return Image.fromarray(resized[0].round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
-class ChatVideo:  # no dataclass: transformers would make a dict of it
-    """A video among the pictures of a chat, with what its part of the message says about it."""
-
-    def __init__(self, video: Any, options: dict[str, Any]):
-        self.video, self.options = video, options
-
-
 def stand_in(what: Any) -> Image.Image:
     """A picture of one pixel in place of what is prepared later, or needs not to be: transformers passes it on as a picture."""
     picture = Image.new("L", (1, 1))
@@ -131,39 +122,6 @@ def decoded(pictures: Sequence[Any]) -> Iterator[tuple[Any, bool]]:
 
 def _frames_of(picture: Any) -> int:
     return id(getattr(picture, "stands_for", (None,))[0])
-
-
-def videos_as_images(conversation: Any) -> tuple[Any, list[bool]]:
-    """A chat, or a list of them, with its videos as images; and whether each of its images is a video, in reading order."""
-    if isinstance(conversation, (list, tuple)) and conversation and isinstance(conversation[0], (list, tuple)):
-        chats = [videos_as_images(chat) for chat in conversation]
-        return [chat for chat, _ in chats], [is_video for _, flags in chats for is_video in flags]
-    if not isinstance(conversation, (list, tuple)):
-        return conversation, []
-    messages, flags = [], []
-    for message in conversation:
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, (list, tuple)):
-            kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
-            flags += [kind == "video" for kind in kinds if kind in ("image", "image_url", "video")]
-            if "video" in kinds:
-                content = [_as_image(part) if kind == "video" else part for kind, part in zip(kinds, content)]
-                message = {**message, "content": content}
-        messages.append(message)
-    return messages, flags
-
-
-def _as_image(part: dict[str, Any]) -> dict[str, Any]:
-    sources = [part[key] for key in ("video", "path", "url") if key in part]
-    options = {key: value for key, value in part.items() if key not in ("type", "video", "path", "url")}
-    unknown = options.keys() - {*VIDEO_OPTIONS, "num_visual_tokens"}
-    if unknown or len(sources) > 1:
-        raise ValueError(
-            f"A video of a chat has {sorted(part)}: give one of video, path and url, and of options "
-            f"{', '.join(('num_visual_tokens', *VIDEO_OPTIONS))}."
-        )
-    # Without a source it is a mark for a template alone.
-    return {"type": "image", "image": ChatVideo(sources[0], options)} if sources else {"type": "image"}
 
 
 @dataclass
@@ -204,7 +162,12 @@ class VideoProcessingMixin:
         return VideoPixels(self, sample_video(video, **options), frames_at_once)
 
     def lay_out_videos(
-        self, images: Any, text: list[str] | None, videos: Any, kwargs: dict[str, Any]
+        self,
+        images: Any,
+        text: list[str] | None,
+        videos: Any,
+        kwargs: dict[str, Any],
+        beside: list[Any] | None = None,
     ) -> tuple[Any, list[str] | None]:
         """Images and prompts with pictures in place of videos, as a call has them.
 
@@ -212,6 +175,7 @@ class VideoProcessingMixin:
             images, text, videos: as in a call, prompts in a list.
             kwargs: of a call. What says which frames are taken and how they stand is taken out of it, and one number of visual
                 tokens for every picture put in.
+            beside: the number beside each picture and video of the chats, None where there is none.
 
         Returns:
             A list of pictures for each prompt, and the prompts with one mark for each picture. A frame is a stand-in, which
@@ -226,7 +190,7 @@ class VideoProcessingMixin:
         if own:
             raise ValueError(f"videos_kwargs has {', '.join(sorted(own))}: it takes {', '.join(VIDEO_OPTIONS)}.")
         with_stand_ins = _with_stand_ins(images)
-        if videos is None and with_stand_ins is images:
+        if videos is None and with_stand_ins is images and beside is None:
             return images, text
         if images is not None:
             images = self.image_processor.fetch_images(open_pictures(with_stand_ins))
@@ -245,13 +209,20 @@ class VideoProcessingMixin:
             needed = [needed[0] + marks.count(False), needed[1] + marks.count(True)]
             if any(marks.count(bool(kind)) > len(queues[kind][number]) for kind in (0, 1)):
                 break
-            found.append([self._medium(queues[is_video][number].popleft(), asked, pinpoints) for is_video in marks])
+            found.append([self._medium(queues[kind][number].popleft(), kind, asked, pinpoints) for kind in marks])
         if len(found) < len(prompts) or any(queue for kind in queues for queue in kind):
             raise ValueError(
                 f"The prompts need {needed[0]} image(s) and {needed[1]} video(s) or more, by their marks {self.image_token} and "
                 f"{VIDEO_MARK}, which are not those given. Write one mark for each, and give each prompt its own."
             )
         media = [medium for group in found for medium in group]
+        if beside is not None and len(beside) != len(media):
+            raise ValueError(
+                f"There are {len(media)} pictures and videos for {len(beside)} in the chat, of which some have their number of "
+                "visual tokens beside them: give each its source."
+            )
+        for medium, number in zip(media, beside or []):
+            medium.numbers = medium.numbers if number is None else number
         if not media:
             return None, text
         kinds = {isinstance(getattr(p, "stands_for", None), ImageLayout) for m in media for p in m.pictures}
@@ -269,13 +240,15 @@ class VideoProcessingMixin:
             text = [_filled(prompt, pattern, group, self.image_token) for prompt, group in zip(text, found)]
         return [[picture for medium in group for picture in medium.pictures] for group in found], text
 
-    def _medium(self, given: Any, asked: dict[str, Any], pinpoints: Any) -> _Medium:
+    def _medium(self, given: Any, is_video: bool, asked: dict[str, Any], pinpoints: Any) -> _Medium:
         stand = getattr(given, "stands_for", None)
-        is_array = isinstance(given, (np.ndarray, torch.Tensor))
-        if (isinstance(given, Image.Image) and stand is None) or (is_array and given.ndim < 4):
+        if not is_video and stand is None:
             return _Medium([given], [int])  # what it costs is not asked
         video = stand if isinstance(stand, ChatVideo) else ChatVideo(given, {})
-        options = {**asked, **{name: as_plain(value) for name, value in video.options.items() if value is not None}}
+        own = {name: as_plain(value) for name, value in video.options.items() if value is not None}
+        if NUMBER in own:  # it goes before what a call says of all
+            asked = {name: value for name, value in asked.items() if name != "total_visual_tokens"}
+        options = {**asked, **own}
         layout = options.pop("video_layout", "frames")
         check_choice("video_layout", layout, VIDEO_LAYOUTS)
         sampling = {name: options[name] for name in SAMPLING_OPTIONS if name in options}
@@ -316,28 +289,28 @@ class VideoProcessingMixin:
         if isinstance(numbers, list) and len(numbers) == sum(sizes) and not any(isinstance(n, list) for n in numbers):
             rest = iter(numbers)
             each: list[Any] = [[next(rest) for _ in range(size)] for size in sizes]
-        elif isinstance(numbers, list):
-            each = numbers
         else:
-            each = [numbers] * len(media)
+            each = numbers if isinstance(numbers, list) else [numbers] * len(media)
         videos = [medium for medium in media if medium.is_video]
         if video_numbers is not None:
             of_videos = iter(self._numbers([_Medium(v.pictures, v.counts) for v in videos], video_numbers, None))
             for medium in videos:
                 own = [next(of_videos) for _ in medium.pictures]
                 medium.numbers = own if medium.numbers is None else medium.numbers
-        result = []
-        for medium, size, own in zip(media, sizes, each if len(each) == len(media) else [[]] * len(media)):
-            own = own if medium.numbers is None else medium.numbers
-            own = own if isinstance(own, list) else [own] * size
-            if len(own) != size:
+        fits, result = len(each) == len(media), []
+        for medium, size, own in zip(media, sizes, each if fits else [None] * len(media)):
+            chosen = own if medium.numbers is None else medium.numbers
+            chosen = chosen if isinstance(chosen, list) else [chosen] * size
+            if not fits or len(chosen) != size:
+                wrong = numbers if not fits or medium.numbers is None else medium.numbers
                 raise ValueError(
-                    f"num_visual_tokens={numbers if medium.numbers is None else medium.numbers!r}: there are {len(media)} images "
-                    f"and videos, which are {sizes} pictures. Pass one number for all, or a list with one for each image and "
-                    "video, or for each picture, in reading order."
+                    f"num_visual_tokens={wrong!r}: there are {len(media)} images and videos, which are {sizes} pictures. Pass one "
+                    "number for all, or a list with one for each image and video, or for each picture, in reading order."
                 )
+            given = [number for number in (own if isinstance(own, list) else [own]) if number is not None]
+            self._scales(given, len(given))  # also where another took its place
             default = self.num_visual_tokens if self.num_visual_tokens is not None else max(self.visual_token_scales)
-            result += [default if number is None else number for number in own]
+            result += [default if number is None else number for number in chosen]
         return result
 
     def _prepare_pictures(self, pictures: Sequence[Any], prepare: Callable[..., Any], **kwargs: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .refused import Refused, shown
 from .settings import Settings
-from .video_parts import with_frames
+from .video_parts import NUMBER, with_frames
 
 
 CHATS = ("/v1/chat/completions", "/tokenize")  # that take pictures
@@ -77,13 +77,15 @@ def _read(body: Any, path: str, settings: Settings) -> Asked:
     messages = [with_frames(message, settings) for message in messages]
     body = {**body, "messages": messages}
     parts = list(_pictures(messages))
-    sizes = [_checked(part, settings) for part in parts]
+    sizes = [_checked(part["image_url"], settings) for part in parts]
     number = _number(body, parts, settings)
+    for part in parts:
+        part.pop(NUMBER, None)  # the engine knows it of a whole request alone
     return Asked(_with_number(body, number if parts else None), number if parts else None, sizes)
 
 
 def _pictures(messages: list[Any]) -> Iterator[dict[str, Any]]:
-    """The `image_url` of every part with a picture, in order; only texts may stand beside them."""
+    """Every part with a picture, in order; only texts may stand beside them."""
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else []:
@@ -92,16 +94,21 @@ def _pictures(messages: list[Any]) -> Iterator[dict[str, Any]]:
             kind = part.get("type")
             if kind == "image_url":
                 given = part.get("image_url")
-                if set(part) - {"type", "image_url"} or not isinstance(given, dict):
+                if set(part) - {"type", "image_url", NUMBER} or not isinstance(given, dict):
                     raise Refused(
-                        'A picture is {"type": "image_url", "image_url": {"url": ...}}, with a "detail" beside the url or not, '
-                        f"and nothing else; this one has {shown(sorted(part))}.",
+                        f'A picture is {{"type": "image_url", "image_url": {{"url": ...}}, "{NUMBER}": ...}}, with or without the '
+                        f'number, and with a "detail" beside the url or not, and nothing else; this one has {shown(sorted(part))}.',
                         "messages",
                     )
-                yield given
+                yield part
             elif kind not in ("text", "refusal") or _names_a_picture(part):
                 raise Refused(
                     f"A part of a message of type {shown(kind)}: give text, image_url or video_url.", "messages"
+                )
+            elif part.get(NUMBER) is not None:
+                raise Refused(
+                    f"{NUMBER}={shown(part[NUMBER])} stands in a part of type {shown(kind)}: it goes beside a picture.",
+                    NUMBER,
                 )
 
 
@@ -109,7 +116,10 @@ def _checked(part: dict[str, Any], settings: Settings) -> tuple[int, int] | None
     """The (height, width) of a picture that lies in the request, which is written again where vLLM would see another."""
     url = part.get("url")
     if not isinstance(url, str) or set(part) - {"url", "detail"}:
-        raise Refused(f'"image_url" needs a "url", and takes a "detail"; it has {shown(sorted(part))}.', "image_url")
+        raise Refused(
+            f'"image_url" needs a "url", and takes a "detail"; it has {shown(sorted(part))}. {NUMBER} goes beside "image_url".',
+            "image_url",
+        )
     scheme = url[:5].lower()
     if scheme != "data:":
         host = _host(url) if scheme in ("http:", "https") else None
@@ -177,22 +187,32 @@ def _opened(content: bytes, settings: Settings) -> tuple[tuple[int, int], bytes 
 
 
 def _number(body: dict[str, Any], parts: list[dict[str, Any]], settings: Settings) -> int:
-    """The number of visual tokens that a request names, by its `mm_processor_kwargs` or by its pictures' `detail`."""
+    """The number of visual tokens that a request names, beside its pictures or in `mm_processor_kwargs`, or by their `detail`."""
     given = body.get("mm_processor_kwargs")
     if given is not None and not isinstance(given, dict):
         raise Refused(f"mm_processor_kwargs {shown(given)}: give an object.", "mm_processor_kwargs")
-    unknown = set(given or {}) - {"num_visual_tokens"}
+    unknown = set(given or {}) - {NUMBER}
     if unknown:
         raise Refused(
             f"mm_processor_kwargs has {shown(sorted(unknown))}: num_visual_tokens is all that a request may set.",
             "mm_processor_kwargs",
         )
-    details = ["auto" if part.get("detail") is None else part["detail"] for part in parts]
+    details = [part["image_url"].get("detail") for part in parts]
+    details = ["auto" if detail is None else detail for detail in details]
     for detail in details:
         if detail not in DETAILS:
             raise Refused(f"detail {shown(detail)}: give one of {', '.join(DETAILS)}.", "detail")
-    if (given or {}).get("num_visual_tokens") is not None:
-        return _allowed(given["num_visual_tokens"], settings)
+    found = [(part.get(NUMBER), "beside a picture") for part in parts]
+    found.append(((given or {}).get(NUMBER), "in mm_processor_kwargs"))
+    asked = {_allowed(number, settings): where for number, where in found if number is not None}
+    if len(asked) > 1:
+        raise Refused(
+            f"{NUMBER} is {' and '.join(f'{number} {where}' for number, where in asked.items())}: a request has one number for "
+            "all its pictures, since the engine keeps pictures by the whole request.",
+            NUMBER,
+        )
+    if asked:
+        return asked.popitem()[0]
     named = {settings.details.get(detail, settings.default) for detail in details}
     if len(named) > 1:
         raise Refused(

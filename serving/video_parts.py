@@ -1,7 +1,8 @@
 """`video_url` parts of a request: its frames as pictures, so that the engine, which knows pictures alone, answers about videos.
 
 A part is `{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,...", "num_frames": 6}}`; in place of `num_frames` there
-may be `fps`, and `video_start` and `video_end` beside either. The frames stand one a line, as pictures of a chat do.
+may be `fps`, and `video_start` and `video_end` beside either; beside `video_url`, `num_visual_tokens`, as beside a picture. The frames stand
+one a line, as pictures of a chat do.
 """
 
 import base64
@@ -16,6 +17,7 @@ from .settings import Settings
 
 
 OPTIONS = ("num_frames", "fps", "video_start", "video_end")
+NUMBER = "num_visual_tokens"
 MOST_FRAMES = 256  # that are decoded for a request; how many pictures the engine takes is its own setting
 
 
@@ -36,10 +38,11 @@ def _is_video(part: Any) -> bool:
 
 def _frames(part: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
     given = part.get("video_url")
-    if set(part) - {"type", "video_url"} or not isinstance(given, dict) or set(given) - {"url", *OPTIONS}:
+    number = {NUMBER: part[NUMBER]} if NUMBER in part else {}
+    if set(part) - {"type", "video_url", *number} or not isinstance(given, dict) or set(given) - {"url", *OPTIONS}:
         raise Refused(
-            f'A video is {{"type": "video_url", "video_url": {{"url": ...}}}}, with {", ".join(OPTIONS)} beside the url or not, and '
-            f"nothing else; this one has {shown(sorted(given) if isinstance(given, dict) else sorted(part))}.",
+            f'A video is {{"type": "video_url", "video_url": {{"url": ...}}}}, with {", ".join(OPTIONS)} beside the url or not, {NUMBER} '
+            f"beside the video_url or not, and nothing else; this one has {shown(sorted(given) if isinstance(given, dict) else sorted(part))}.",
             "messages",
         )
     about, _, data = str(given.get("url")).partition(",")
@@ -64,7 +67,7 @@ def _frames(part: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
             buffer = io.BytesIO()
             frame.save(buffer, "PNG", compress_level=1)
             url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-            parts.append({"type": "image_url", "image_url": {"url": url}})
+            parts.append({"type": "image_url", "image_url": {"url": url}, **number})
     except (ValueError, TypeError) as error:
         raise Refused(str(error), "video_url") from None
     except ImportError as error:

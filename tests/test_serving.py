@@ -55,6 +55,30 @@ def number_of(body):
     return read_request(json.dumps(body).encode(), CHAT, SETTINGS).num_visual_tokens
 
 
+def numbered(*numbers, **more):
+    """A request with a picture for each number, which stands beside it; None is none, () writes null."""
+    body = chat(*[uri()] * len(numbers), **more)
+    for part, number in zip(body["messages"][0]["content"], numbers):
+        part |= {} if number is None else {"num_visual_tokens": None if number == () else number}
+    return body
+
+
+def test_the_budget_beside_a_picture_is_the_requests():
+    same = {"mm_processor_kwargs": {"num_visual_tokens": 9}}
+    for body in (numbered(9), numbered(9, 9), numbered(None, 9, ()), numbered(9, None, **same), numbered(9, 9, **same)):
+        asked = read_request(json.dumps(body).encode(), CHAT, SETTINGS)
+        assert asked.num_visual_tokens == 9
+        bare = chat(*[uri()] * len(asked.sizes), **same)
+        assert asked.body == bare  # what the engine would not know is gone
+    assert number_of(numbered(())) == number_of(numbered(None)) == 144
+    body = numbered(36)
+    body["messages"][0]["content"][0]["image_url"]["detail"] = "low"
+    assert number_of(body) == 36
+    turns = [*numbered(36)["messages"], {"role": "assistant", "content": "a"}, *numbered(1)["messages"]]
+    with pytest.raises(Refused, match="36 beside a picture and 1 beside a picture"):
+        number_of({"messages": turns})
+
+
 def test_the_budget_that_a_request_has():
     assert number_of(chat(uri())) == 144
     assert number_of(chat(uri(), mm_processor_kwargs={"num_visual_tokens": 36})) == 36
@@ -105,6 +129,22 @@ REFUSED = {
         "this request has none",
         400,
     ),
+    "numbers of pictures that differ": (numbered(9, 36), "is 9 beside a picture and 36 beside a picture: .* one", 400),
+    "another than the request's": (
+        numbered(None, 9, mm_processor_kwargs={"num_visual_tokens": 36}),
+        "is 9 beside a picture and 36 in mm_processor_kwargs: a request has one number",
+        400,
+    ),
+    "a list beside a picture": (numbered([9]), r"num_visual_tokens=\[9\]: a request has one number", 400),
+    "auto beside a picture": (numbered("auto"), "'auto': a server cannot choose", 400),
+    "a number that is none": (numbered(True), "num_visual_tokens=true is not offered", 400),
+    "a number that is not offered": (numbered(9, 7, 7), "num_visual_tokens=7 is not offered", 400),
+    "a number in an image_url": (chat({"url": uri(), "num_visual_tokens": 9}), 'goes beside "image_url"', 400),
+    "a number beside a text": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "num_visual_tokens": 9}]}]},
+        'num_visual_tokens=9 stands in a part of type "text"',
+        400,
+    ),
     "a mark": (
         chat(uri(), messages=[{"role": "user", "content": "<image>"}]),
         "<image>, which stands for a picture",
@@ -148,10 +188,11 @@ VALUES = st.recursive(
     messages=VALUES,
     numbers=VALUES,
     parts=st.lists(VALUES, max_size=2),
+    beside=st.none() | st.sampled_from(SCALES) | VALUES,
     path=st.sampled_from([CHAT, "/v1/responses", "/tokenize"]),
 )
-def test_whatever_is_asked_is_passed_on_or_refused_with_a_sentence(messages, numbers, parts, path):
-    pictures = [{"type": "image_url", "image_url": part} for part in parts]
+def test_whatever_is_asked_is_passed_on_or_refused_with_a_sentence(messages, numbers, parts, beside, path):
+    pictures = [{"type": "image_url", "image_url": part, "num_visual_tokens": beside} for part in parts]
     for asked in (messages, [{"role": "user", "content": [*pictures, messages]}]):
         body = json.dumps({"messages": asked, "mm_processor_kwargs": numbers}).encode()
         try:
@@ -163,6 +204,7 @@ def test_whatever_is_asked_is_passed_on_or_refused_with_a_sentence(messages, num
             passed.body.get("mm_processor_kwargs") in (None, {}, [], False, 0, "") or passed.num_visual_tokens in SCALES
         )
         assert (passed.num_visual_tokens is None) == (not passed.sizes)
+        assert not passed.sizes or beside is None or passed.num_visual_tokens == beside
 
 
 def test_a_request_that_is_nested_too_deeply_is_refused():
@@ -320,6 +362,8 @@ def test_the_client_asks_as_the_server_wants(url, tmp_path):
     assert (asked["model"], asked["max_tokens"], asked["temperature"]) == ("m3", 4, 0)
     assert client.ask(picture, "what").text == "at None" and "mm_processor_kwargs" not in Server.asked[-1]
     read_request(json.dumps(Server.asked[-1]).encode(), CHAT, SETTINGS)  # what the client sends is taken
+    client.openai.chat.completions.create(model="m3", messages=numbered(36)["messages"])
+    assert number_of(Server.asked[-1]) == 36  # the openai package passes it on
 
 
 @pytest.mark.parametrize(("keep", "number", "requests"), [(0.5, 9, 1), (0.99, 144, 2), (0.999, 576, 3)])
@@ -472,6 +516,11 @@ def test_a_video_is_passed_on_as_its_frames():
     frames = [*sample_video(CLIP, num_frames=3), *sample_video(CLIP, fps=1, video_start=2)]
     assert [picture.tobytes() for picture in shown[:3] + shown[4:]] == [frame.tobytes() for frame in frames]
     assert asked.num_visual_tokens == 144
+    numbered = asked_about(
+        {**video(num_frames=2), "num_visual_tokens": 9}, {"type": "image_url", "image_url": {"url": uri()}}
+    )
+    assert numbered.num_visual_tokens == 9 and len(numbered.sizes) == 3
+    assert all(part.keys() == {"type", "image_url"} for part in numbered.body["messages"][0]["content"][:-1])
 
 
 @pytest.mark.parametrize(("part", "message"), [
@@ -481,6 +530,8 @@ def test_a_video_is_passed_on_as_its_frames():
     (video(fps=1e9), "at most 1048576 are taken"),
     (video(fps=100), "400 frames of a video: 256 are allowed"),
     (video(when_short="repeat"), "num_frames, fps, video_start, video_end beside the url"),
+    (video(num_visual_tokens=9), "num_visual_tokens beside the video_url"),
+    ({**video(num_frames=1), "num_visual_tokens": "9"}, 'num_visual_tokens="9" is not offered'),
     (video(video_start=9), "the video lasts 4.000 seconds"),
     ({"type": "video_url", "video_url": {"url": "http://pictures.example/a.mp4"}}, "give a data URI"),
     ({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,%%%"}}, "does not hold base64"),

@@ -417,6 +417,7 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaCompilingMi
                 **kwargs,
             )
             return M3LlavaCausalLMOutputWithPast(loss=loss, scale_losses=scale_losses)
+        shift_labels = kwargs.pop("shift_labels", None)  # the loss's alone
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -437,7 +438,9 @@ class M3LlavaForConditionalGeneration(M3LlavaPreTrainedModel, M3LlavaCompilingMi
         logits = self.get_logits(outputs[0][:, kept, :])
 
         loss = None
-        if labels is not None:
+        if labels is not None or shift_labels is not None:
+            if shift_labels is not None:
+                kwargs["shift_labels"] = shift_labels.contiguous()  # which transformers takes for granted
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )

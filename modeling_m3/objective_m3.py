@@ -46,6 +46,7 @@ def matryoshka_loss(
     attention_mask: torch.Tensor | None = None,
     num_visual_tokens: list[int] | int | None = None,
     visual_token_sampling: str | None = None,
+    shift_labels: torch.LongTensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss averaged over scales, and the loss at each, from inputs made at the finest of them or a finer one.
@@ -59,6 +60,7 @@ def matryoshka_loss(
         attention_mask: (b, s); None if nothing is padding.
         num_visual_tokens: the scale that each image's placeholders were written at; None for the finest.
         visual_token_sampling: how tiles are reduced; the configuration's way by default.
+        shift_labels: (b, s), in place of `labels`, as transformers has it: what is to be predicted after each position.
         kwargs: for the language model and the loss function, such as `num_items_in_batch`.
 
     Returns:
@@ -72,7 +74,14 @@ def matryoshka_loss(
     layouts = [] if encoded is None else encoded.layouts
     written = check_num_visual_tokens(num_visual_tokens, config.visual_token_scales, len(layouts))
     _check_scales(scales, config.visual_token_scales, written)
-    _check_inputs(input_ids, labels, attention_mask, kwargs)
+    _check_inputs(input_ids, labels if shift_labels is None else shift_labels, attention_mask, kwargs)
+    if shift_labels is not None:
+        labels = nn.functional.pad(shift_labels, (1, 0), value=-100)
+        if (labels[:, -1] == -100).all():
+            labels = labels[:, :-1]
+        else:  # a token stands where the last is followed by what is to be predicted, and nothing looks at it
+            input_ids = nn.functional.pad(input_ids, (0, 1), value=int(config.image_token_id == 0))
+            attention_mask = None if attention_mask is None else nn.functional.pad(attention_mask, (0, 1))
     placeholders = input_ids == config.image_token_id
     if (labels[placeholders] != -100).any():
         raise ValueError(
@@ -350,6 +359,10 @@ def _check_inputs(
         )
     if labels is None:
         raise ValueError("matryoshka_scales averages losses: pass labels, or one num_visual_tokens in its place.")
+    if labels.shape != input_ids.shape:
+        raise ValueError(
+            f"Labels of shape {tuple(labels.shape)} for input_ids of shape {tuple(input_ids.shape)}: give one for each token."
+        )
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
             f"attention_mask of shape {tuple(attention_mask.shape)} cannot be cut to every scale: with matryoshka_scales, "
@@ -361,3 +374,9 @@ def _check_inputs(
                 f"{name} cannot be given with matryoshka_scales, as it differs from scale to scale. Leave it out."
             )
     kwargs.pop("use_cache", None)  # nothing follows that could use one
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and name != "num_items_in_batch":
+            raise ValueError(
+                f"{name} of shape {tuple(value.shape)} cannot be given with matryoshka_scales, which does not know how to cut it "
+                "to every scale. Leave it out."
+            )

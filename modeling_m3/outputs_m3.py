@@ -60,7 +60,8 @@ FORWARD_ARGUMENTS = f"""{IMAGE_ARGUMENTS}
 TRAINING_ARGUMENTS = f"""{FORWARD_ARGUMENTS}
     matryoshka_scales (`list[int]`, *optional*):
         Train at these numbers of visual tokens at once: `loss` is then the average of the losses at each of them
-        (`scale_losses`). `input_ids` and `labels` are made at the largest, or at a larger one. See `objective_m3.py`.
+        (`scale_losses`). `input_ids` and `labels`, or `shift_labels`, are made at the largest, or at a larger one. See
+        `objective_m3.py`.
 """
 
 

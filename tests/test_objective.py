@@ -269,6 +269,39 @@ def test_the_number_of_items_divides_the_sum(strategy):
     compare(tiny_model(), LAYOUTS["ragged"], num_items_in_batch=torch.tensor(100))
 
 
+@pytest.mark.parametrize("labels", [True, False], ids=["both are given", "alone"])
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("scales", [None, TINY_SCALES], ids=["one scale", "all"])
+def test_labels_that_are_shifted_already_give_the_same_loss(scales, padding_side, labels, strategy):
+    model = tiny_model()
+    batch = tiny_batch(model.config, LAYOUTS["ragged"], 144, padding_side)
+    expected = model(**batch, matryoshka_scales=scales, num_items_in_batch=torch.tensor(7)).loss
+    expected.backward()
+    plain = gradients(model)
+    shifted = torch.cat([batch["labels"][:, 1:], torch.full((3, 1), -100)], dim=1)
+    batch["labels"] = shifted if labels else None  # as transformers gives them to a model under sequence parallelism
+    loss = model(**batch, shift_labels=shifted, matryoshka_scales=scales, num_items_in_batch=torch.tensor(7)).loss
+    loss.backward()
+    assert torch.equal(loss, expected)
+    assert_same(gradients(model), plain, 0)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("rows", [[[3, None, 5], [2, None, 6]], [[4], [4]], [[2, 3, None, 1], [6, None]]], ids=str)
+def test_the_last_shifted_label_may_be_of_a_token_that_is_not_there(rows, masked, strategy):
+    """As of data that was cut into inputs and labels before; what is predicted is that of whole sequences."""
+    model = tiny_model()
+    whole = tiny_batch(model.config, [[*row, 1] for row in rows], 144)
+    cut = tiny_batch(model.config, [[*row, 1] for row in rows], 144)
+    cut |= {name: whole[name][:, :-1] for name in ("input_ids", "attention_mask")}
+    cut |= {"labels": None, "shift_labels": whole["labels"][:, 1:]}
+    for inputs in (whole, cut):
+        inputs |= {} if masked else {"attention_mask": None}
+    for scales in (None, TINY_SCALES):
+        losses = [model(**inputs, matryoshka_scales=scales).loss for inputs in (whole, cut)]
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
+
+
 class Echo(torch.nn.Module):
     """Stands for a language model: what it is given can be compared at once, and thousands of tokens cost nothing."""
 
@@ -501,6 +534,9 @@ def test_the_ordinary_loss_is_untouched():
     ({"position_ids": torch.zeros(2, 3, dtype=torch.long)}, "position_ids"),
     ({"past_key_values": ()}, "past_key_values"),
     ({"mm_encoder_outputs": {}}, "mm_encoder_outputs"),
+    ({"shift_labels": torch.zeros(2, 3, dtype=torch.long)}, r"Labels of shape \(2, 3\) for input_ids of shape \(2,"),
+    ({"cu_seq_lens_q": torch.zeros(3, dtype=torch.int)}, r"cu_seq_lens_q of shape \(3,\)"),
+    ({"seq_idx": torch.zeros(2, 3, dtype=torch.int)}, r"seq_idx of shape \(2, 3\)"),
     ({"attention_mask": torch.ones(2, 1, 3, 3)}, r"attention_mask of shape \(2, 1, 3, 3\)"),
     ({"pixel_values": None, "num_visual_tokens": None}, "placeholders for 0 image"),
     ({"num_visual_tokens": [144, 36]}, "placeholders for 2 image"),

@@ -32,6 +32,7 @@ from modeling_m3.visual_tokens import AUTO, AUTO_NUMBER
 
 from .any_checkpoint import M3Checkpoint, find
 from .overlay import SeenPicture, see
+from .questions import check_question
 
 
 M3_TINY = (
@@ -192,6 +193,7 @@ def _ask(
     device: str | None,
     quiet: bool,
 ) -> None:
+    check_question(prompt)
     is_video = _is_video(image)
     if options and not is_video:
         raise ValueError(f"{image} is a picture: {', '.join(options)} are for videos.")

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 from conftest import GOLDENS, picture
 from hub_server import running_hub
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import modeling_m3
 from modeling_m3.__main__ import app
 from modeling_m3.processing_m3 import MAKES_TEXT_PLAIN
+from modeling_m3.questions import check_question
 
 
 PICTURE = str(GOLDENS / "images" / "photo_400x266.png")
@@ -61,6 +64,8 @@ def test_it_streams_as_a_command(converted):
     (["file:///nothing.png", "?"], "There is no picture at file:///nothing.png"),
     (["http://127.0.0.1:9/a.png", "?"], "Cannot load http://127.0.0.1:9/a.png: "),
     (["https://[", "?"], r"Cannot load https://\[: "),
+    *(([PICTURE, question], "There is no question yet: write one first") for question in ("", " \n\t", "\u3000\u200b")),
+    (["nothing.mp4", ""], "There is no question yet"),
     ([PICTURE, "?", "--num-visual-tokens", "100"], r"100.*\[1, 9, 36, 144, 576\]"),
     ([PICTURE, "?", "--device", "abacus"], "abacus"),
     ([PICTURE, "?", "--device", "cuda:99"], "cannot use 'cuda:99' here"),
@@ -138,6 +143,21 @@ def test_m3_tiny_says_what_it_was_trained_on():
     for options in (("--quiet",), ("--model", modeling_m3.default_checkpoint())):
         asked = run(scene, question, "--max-new-tokens", 4, *options)
         assert asked.stdout.strip() == "orange" and not asked.stderr
+
+
+BLANKS = " \t\n\r\x0b\x1f\x00\x85\xa0\u00ad\u115f\u1680\u180e\u2003\u200b\u200d\u200e\u2028\u2060\u2800\u3000\u3164\ufe0f\ufeff"
+
+
+@given(
+    blank=st.text(BLANKS),
+    shown=st.characters(categories=["L", "N", "P", "S"], exclude_characters=BLANKS + "\u1160\uffa0\u17b4\u17b5"),
+)
+def test_a_question_is_what_can_be_seen(blank, shown):
+    with pytest.raises(ValueError, match="no question"):
+        check_question(blank)
+    assert check_question(blank + shown + blank) == blank + shown + blank
+    with pytest.raises(ValueError, match="no question"):
+        check_question(None)
 
 
 def test_wrong_usage_is_status_2():

@@ -439,7 +439,7 @@ def test_wrong_input_is_a_sentence(kind, page, tmp_path):
         page.locator("#m3-picture img").wait_for(state="attached")
     elif kind == "no question":
         upload_picture(page)
-    page.get_by_label("Question", exact=True).fill(" " if kind == "no question" else "What is it?")
+    page.get_by_label("Question", exact=True).fill("\u3000\u200b" if kind == "no question" else "What is it?")
     button(page, "Ask").click()
     expected = {
         "text": "notes.png is not a picture that can be opened. Check that the file is complete.",

@@ -7,8 +7,10 @@ from typing import Any
 
 import gradio as gr
 
+from modeling_m3.questions import check_question
+
 from .asking import Message, Person
-from .controls import Shared, Upload, asked, paced, python_lines, settings_of
+from .controls import Shared, Upload, paced, python_lines, settings_of
 from .rendering import answer_html, compared_html, cost_html
 
 
@@ -26,7 +28,7 @@ def ask_tab(shared: Shared, tab: gr.Tab) -> None:
     ) -> Iterator[dict[Any, Any]]:
         person = shared.person(request, upload)
         yield {costs: cost_html(None), lines: ""}
-        question, picture, how = asked(question), shared.opened(upload, number), settings_of(*settings)
+        question, picture, how = check_question(question), shared.opened(upload, number), settings_of(*settings)
         messages = [Message("user", question, (picture,))]
         for said in paced(shared.model.answer(messages, how, Person(person.stop))):
             yield {shown: answer_html(said), costs: cost_html(said)}
@@ -45,7 +47,7 @@ def compare_tab(shared: Shared, tab: gr.Tab) -> None:
     def compare(request: gr.Request, upload: Upload | None, question: str, *settings: Any) -> Iterator[dict[Any, Any]]:
         person = shared.person(request, upload)
         yield {lines: ""}
-        question, picture, how = asked(question), shared.opened(upload, None), settings_of(*settings)
+        question, picture, how = check_question(question), shared.opened(upload, None), settings_of(*settings)
         for compared in paced(shared.model.compare(picture, question, how, Person(person.stop))):
             yield {shown: compared_html(compared)}
         yield {lines: shared.model.as_python(picture, question, how, list(compared.answers))}

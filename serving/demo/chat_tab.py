@@ -8,8 +8,10 @@ from typing import Any
 
 import gradio as gr
 
+from modeling_m3.questions import check_question
+
 from .asking import Message, Person, Picture
-from .controls import Shared, Upload, asked, paced, picture_input, settings_of
+from .controls import Shared, Upload, paced, picture_input, settings_of
 from .rendering import ENDS, cost_html, notes_html
 
 
@@ -60,7 +62,7 @@ def chat_tab(shared: Shared, tab: gr.Tab) -> None:
         person = shared.person(request, upload)
         chat, how = _chat(person), settings_of(*settings)
         new = [*chat.waiting, *([(shared.opened(upload, scale), upload["path"])] if upload else [])]
-        message = Message("user", asked(words), tuple(held for held, _ in new))
+        message = Message("user", check_question(words), tuple(held for held, _ in new))
         before = list(chat.shown)
         for held, file in new:
             named = f"{held.name}, {held.num_visual_tokens} visual tokens"

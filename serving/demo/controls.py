@@ -187,13 +187,6 @@ def name_of(upload: Upload) -> str:
     return upload.get("orig_name") or Path(upload["path"]).name
 
 
-def asked(question: str) -> str:
-    """Raises `ValueError` for a question without words."""
-    if not question.strip():
-        raise ValueError("There is no question yet: write one first.")
-    return question
-
-
 def python_lines() -> gr.Textbox:
     """A place for the Python lines that repeat what is shown, and a button that copies them."""
     with gr.Accordion("The same in Python", open=False):

@@ -11,8 +11,10 @@ from typing import Any
 
 import gradio as gr
 
+from modeling_m3.questions import check_question
+
 from .asking import AUTO, Message, Person, Picture
-from .controls import Shared, Upload, asked, name_of, paced, settings_of
+from .controls import Shared, Upload, name_of, paced, settings_of
 from .rendering import answer_html, cost_html
 
 
@@ -52,7 +54,7 @@ def video_tab(shared: Shared, tab: gr.Tab) -> None:
     ) -> Iterator[dict[Any, Any]]:
         person = shared.person(request, upload)
         picture, how = sampled(upload, scale, count), settings_of(*settings)
-        messages = [Message("user", asked(words), (picture,))]
+        messages = [Message("user", check_question(words), (picture,))]
         for said in paced(shared.model.answer(messages, how, Person(person.stop))):
             yield {shown: answer_html(said), costs: cost_html(said)}
 

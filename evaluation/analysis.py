@@ -11,6 +11,7 @@ import numpy as np
 from . import statistics
 from .paper_tables import printed
 from .runs import AUTO_NUMBER, Run, Sample, read_run, read_samples, read_task
+from .scores import judge_anew
 
 
 def analyze(
@@ -74,6 +75,7 @@ def _one(
         raise ValueError(f"--metric {metric!r}: {name} has {', '.join(task.overall)}.")
     if not task.higher_is_better.get(metric, True):
         raise ValueError(f"--metric {metric!r}: of {name}, less is better, so no score is sufficient. Choose another.")
+    samples, changed = judge_anew(task, samples)
     scores = np.array([sample.scores[metric] for sample in samples], dtype=float)
     means = scores.mean(0)
     visual = np.array([sample.visual_tokens for sample in samples], dtype=int)
@@ -101,6 +103,7 @@ def _one(
     return {
         "metric": metric,
         "samples": len(samples),
+        "judged_anew": changed,
         "checkpoint": run.checkpoint,
         "scales": [
             {

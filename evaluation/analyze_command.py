@@ -37,9 +37,13 @@ def analyze(
             raise ValueError("the report needs matplotlib: pip install matplotlib.")
         from .analysis import analyze as of_runs
         from .measured_card import write_card
-        from .report import write_report
+        from .report import judged_anew, write_report
 
         result = of_runs(runs, metric, threshold, resamples, seed, gallery)
+        for task, entries in result["tasks"].items():
+            for name, entry in entries.items():
+                if entry["judged_anew"] is not None:
+                    print(f"m3-analyze: {name}, {task}: {judged_anew(entry)}")
         if output is not None:
             write_report(result, output)
             print(f"m3-analyze: {output / 'report.md'}, and report.html beside it")

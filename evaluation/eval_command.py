@@ -27,6 +27,7 @@ from .own_data import METRICS, Question, fingerprint_of, read_questions
 from .pinpoints import parse_pinpoints
 from .record import Record
 from .runs import Run, Sample, Task, read_written_run, task_file, write_run, write_task
+from .scores import RULE
 from .signals import gather, write_signals
 
 
@@ -280,7 +281,7 @@ def _ask(
         )
     nothing = dict.fromkeys(METRICS)
     gathered = gather([record.results[question.id] for question in questions])
-    return Task(name, len(samples), metric, nothing, dict.fromkeys(METRICS, True)), samples, gathered
+    return Task(name, len(samples), metric, nothing, dict.fromkeys(METRICS, True), RULE), samples, gathered
 
 
 def _line(task: Task, samples: list[Sample], scales: list[int]) -> str:

@@ -6,13 +6,15 @@ where given.
 
 import hashlib
 import json
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .answering import Chat
+from .scores import METRICS, anls, contains, exact_match
+
+
+__all__ = ["METRICS", "Question", "anls", "contains", "exact_match", "fingerprint_of", "read_questions"]
 
 
 @dataclass(frozen=True)
@@ -88,40 +90,3 @@ def fingerprint_of(questions: list[Question]) -> str:
         for picture in [*question.pictures, *question.videos]:
             digest.update(picture.read_bytes())
     return digest.hexdigest()
-
-
-def exact_match(answer: str, right: list[str]) -> float:
-    """1 if the answer is one of the right ones, but for case, surrounding space and a full stop at the end; else 0."""
-    return float(_plain(answer) in map(_plain, right))
-
-
-def contains(answer: str, right: list[str]) -> float:
-    """1 if one of the right answers stands in the answer as whole words, whatever the case; else 0."""
-    return float(any(re.search(rf"(?<!\w){re.escape(_plain(text))}(?!\w)", _plain(answer)) for text in right))
-
-
-def anls(answer: str, right: list[str]) -> float:
-    """Average normalized Levenshtein similarity of one answer: of the nearest right one, and 0 below a half.
-
-    Source: Biten et al., "Scene Text Visual Question Answering" (2019), section 4; DocVQA's metric.
-    """
-    best = max(_similarity(" ".join(answer.lower().split()), " ".join(text.lower().split())) for text in right)
-    return best if best >= 0.5 else 0.0
-
-
-METRICS: dict[str, Callable[[str, list[str]], float]] = {"exact_match": exact_match, "contains": contains, "anls": anls}
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).removesuffix(".")
-
-
-def _similarity(a: str, b: str) -> float:
-    if not a and not b:
-        return 1.0
-    row = list(range(len(b) + 1))
-    for i, left in enumerate(a, start=1):
-        previous, row[0] = row[0], i
-        for j, other in enumerate(b, start=1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (left != other))
-    return 1 - row[-1] / max(len(a), len(b))

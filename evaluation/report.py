@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 from .runs import write_json
+from .scores import RULE_IN_WORDS
 
 
 PAGE = """<!doctype html>
@@ -59,6 +60,17 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
+def judged_anew(entry: dict[str, Any]) -> str:
+    """What changed in a run that was judged by an older rule, in a sentence; "" for another run."""
+    if entry["judged_anew"] is None:
+        return ""
+    changed = ", ".join(f"{count:,} by {metric}" for metric, count in entry["judged_anew"].items())
+    return (
+        f"The run was judged by another rule, and is judged anew by {RULE_IN_WORDS}. Of its "
+        f"{entry['samples'] * len(entry['scales']):,} answers, so many are scored otherwise: {changed}."
+    )
+
+
 TITLE = "How many visual tokens does the data need?"
 
 
@@ -88,7 +100,7 @@ def _parts(runs: dict[str, Any], threshold: float) -> list[dict[str, Any]]:
         parts.append(
             {
                 "title": f"Scores{of}",
-                "text": f"{entry['samples']:,} samples of {entry['checkpoint']}.",
+                "text": f"{entry['samples']:,} samples of {entry['checkpoint']}. {judged_anew(entry)}".strip(),
                 "head": head,
                 "rows": rows,
             }

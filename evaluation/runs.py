@@ -64,6 +64,7 @@ class Task:
         overall: by metric, the value that the task itself gives at each scale, in the order of `Run.scales`; for some (F1) it is no
             mean of scores. None where the task gives none.
         higher_is_better: by metric.
+        rule: of `scores`, by which m3-eval judged answers itself; None before there were several, and of a benchmark.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Task:
     metric: str
     overall: dict[str, list[float] | None]
     higher_is_better: dict[str, bool]
+    rule: int | None = None
 
 
 @dataclass(frozen=True)

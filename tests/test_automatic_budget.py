@@ -1,6 +1,7 @@
 """`num_visual_tokens="auto"`: what was chosen is what a plain call at that number answers, however it is asked."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -393,6 +394,11 @@ def test_m3_budget_fits_stores_and_goes_on(tiny, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert m3_budget([*map(str, options), "--max_new_tokens", "3"]) == 1
     assert "holds answers of another max_new_tokens" in capsys.readouterr().err
+    asked = json.loads((tmp_path / "out" / "asked.json").read_text())
+    del asked["rule of scores"]  # as before rules had numbers: what is kept are scores, not answers
+    (tmp_path / "out" / "asked.json").write_text(json.dumps(asked))
+    assert m3_budget([*map(str, options), "--keep", "0.95", "0.9"]) == 1
+    assert "holds answers of another rule of scores" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -418,6 +424,10 @@ def test_a_run_with_signals_is_what_m3_budget_would_have_asked(tmp_path, capsys)
         np.testing.assert_allclose(getattr(found, name), getattr(asked, name), rtol=5e-3, atol=5e-3)
     assert [kind.removeprefix("my ") for kind in found.kinds] == asked.kinds.tolist()
     assert len(set(zip(found.groups, asked.groups))) == len(set(asked.groups)) == 4
+    for file in (tmp_path / "run" / "tasks" / "my").glob("*.json*"):  # as judged by an older rule, and wrongly
+        text = re.sub(r'("(?:exact_match|contains)": )\[[\d., ]*\]', rf"\1{[0.5] * len(SCALES)}", file.read_text())
+        file.write_text(re.sub(r',\s*"rule": \d+', "", text))
+    assert np.array_equal(samples_of_run(tmp_path / "run", SCALES, fingerprint(TINY)).scores, asked.scores)
     options = ["--model_name_or_path", str(TINY), "--data_path", str(tmp_path / "run"), "--output_dir"]
     assert m3_budget([*options, str(tmp_path / "out")]) == 1  # read, and found too few
     assert "are needed" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from transformers import HfArgumentParser
 import modeling_m3
 from m3_evaluation.checkpoints import fingerprint
 from m3_evaluation.own_data import METRICS
+from m3_evaluation.scores import RULE
 from modeling_m3.automatic_budget_m3 import AUTOMATIC_BUDGET_FILE
 from modeling_m3.checkpoint import check_checkpoint
 
@@ -147,6 +148,7 @@ def _begin(output: Path, arguments: BudgetArguments, checkpoint: str) -> None:
         "checkpoint": checkpoint,
         "data": hashlib.sha256((data / "run.json" if data.is_dir() else data).read_bytes()).hexdigest(),
         **{name: getattr(arguments, name) for name in ("metric", "max_new_tokens", "limit")},
+        **({} if data.is_dir() else {"rule of scores": RULE}),
     }
     if file.is_file() and (before := json.loads(file.read_text(encoding="utf-8"))) != about:
         differs = next(name for name in about if before.get(name) != about[name])

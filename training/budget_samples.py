@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from m3_evaluation.runs import read_run, read_samples, read_task, task_file
+from m3_evaluation.scores import judge_anew
 from m3_evaluation.signals import PROBE_TOKENS, read_task_signals
 from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaProcessor
 from modeling_m3.automatic_budget_m3 import Confidence, read_signals
@@ -140,7 +141,8 @@ def samples_of_run(folder: Path, scales: Sequence[int], fingerprint: str, metric
         stored = read_task_signals(task_file(folder, name).parent)
         if stored is None:
             raise ValueError(f"{folder} keeps no signals of {name}: run m3-eval with --signals, into a new folder.")
-        task, asked = read_task(folder, name), list(read_samples(folder, name))
+        task = read_task(folder, name)
+        asked, _ = judge_anew(task, list(read_samples(folder, name)))
         chosen = metric or task.metric
         if chosen not in task.higher_is_better:
             raise ValueError(f"{folder}: {name} has no metric {chosen}; it has {', '.join(task.higher_is_better)}.")

@@ -1,11 +1,13 @@
 """Labelled questions for `m3-budget`, from LLaVA's data files and from those of `m3-eval --data`."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m3_evaluation.own_data import read_questions
+from m3_evaluation.own_data import is_missing, read_questions
+from modeling_m3.questions import check_question
 
 from .conversations import IMAGE_MARK
 from .data import read_records
@@ -57,6 +59,7 @@ def read_labelled(file: str | Path, image_folder: str | Path | None) -> list[Ask
 def _of_record(record: dict[str, Any], index: int, file: Path, folder: Path) -> AskedPictures:
     name = f"{file}, record {record.get('id', index)!r}"
     given = record.get("image", record.get("images"))
+    given = None if is_missing(given) else given
     pictures = [folder / str(picture) for picture in (given if isinstance(given, list) else [given] if given else [])]
     for picture in pictures:
         if not picture.is_file():
@@ -65,18 +68,24 @@ def _of_record(record: dict[str, Any], index: int, file: Path, folder: Path) -> 
     if not pictures or not isinstance(turns, list) or len(turns) < 2:
         raise ValueError(f"{name} needs an image, and conversations with a question and its answer.")
     texts = [turn.get("value") if isinstance(turn, dict) else None for turn in turns]
-    if [turn.get("from") for turn in turns] != ["human", "gpt"] * (len(turns) // 2) or None in texts:
+    if [turn.get("from") for turn in turns] != ["human", "gpt"] * (len(turns) // 2) or not all(
+        isinstance(text, str) for text in texts
+    ):
         raise ValueError(f"{name}: turns must be by human and gpt in alternation, each with a value.")
     questions = [" ".join(text.replace(IMAGE_MARK, " ").split()) for text in texts[::2]]
-    return AskedPictures(
-        pictures, questions, [[answer] for answer in texts[1::2]], [str(record.get("kind", ""))] * len(questions), ""
-    )
+    try:
+        list(map(check_question, questions))
+    except ValueError as error:
+        raise ValueError(f"{name} has an empty question: there is nothing to answer.") from error
+    kind = "" if is_missing(record.get("kind")) else str(record["kind"])
+    return AskedPictures(pictures, questions, [[answer] for answer in texts[1::2]], [kind] * len(questions), "")
 
 
 def _by_picture(parts: Sequence[AskedPictures]) -> list[AskedPictures]:
     together: dict[str, AskedPictures] = {}
     for part in parts:
-        group = "\n".join(map(str, part.pictures)).replace("\n", "|")
+        names = (hashlib.sha256(held).hexdigest() if isinstance(held, bytes) else str(held) for held in part.pictures)
+        group = "\n".join(names).replace("\n", "|")
         held = together.setdefault(group, AskedPictures(part.pictures, [], [], [], group))
         held.questions += part.questions
         held.answers += part.answers

@@ -1,6 +1,5 @@
 """The command `m3-create --vision-tower A --language-model B DST`."""
 
-import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -10,6 +9,7 @@ import typer
 from .__main__ import VERSION, _chat_template, _one_line, _show_notices, _size, _stop
 from .chat_templates import CHAT_TEMPLATES
 from .signals import handling_signals
+from .written_numbers import parse_numbers
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -24,10 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _scales(text: str) -> list[int]:
-    numbers = re.split(r"[\s,]+", text.strip())
-    if not all(number.isdecimal() for number in numbers):
-        raise typer.BadParameter(f"{text!r} is not a list of numbers of visual tokens, as 1,9,36,144,576")
-    return [int(number) for number in numbers]
+    try:
+        return parse_numbers(text, "--scales")
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers of visual tokens, as 1,9,36,144,576") from None
 
 
 @app.command()

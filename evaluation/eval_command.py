@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-import modeling_m3
 from m3_conversion.__main__ import VERSION
+from m3_conversion.written_numbers import parse_numbers
 from modeling_m3.any_checkpoint import find
 from modeling_m3.checkpoint import read_config
 from modeling_m3.visual_tokens import AUTO, AUTO_NUMBER, SAMPLINGS
@@ -133,17 +133,10 @@ def evaluate(
         accelerator = Accelerator()
         if not sys.stderr.isatty():
             logging.disable_progress_bar()
-        model, processor = modeling_m3.load(
-            checkpoint,
-            quantize=quantize,
-            dtype=dtype,
-            revision=revision,
-            device_map=device_map or accelerator.device,
-            **attention,
-        )
+        model, processor = found.load(device_map=device_map or accelerator.device, **attention)
         video = {"num_frames": num_frames, "fps": fps, "video_layout": video_layout}
         answerer = Answerer(model, processor, pinpoints, sampling, kept_bytes, signals, video)
-        asked_at = answerer.scales(None if scales is None else _numbers(scales))
+        asked_at = answerer.scales(None if scales is None else parse_numbers(scales, "--scales", may_be_auto=True))
         if signals and asked_at != sorted(processor.visual_token_scales):
             raise ValueError(f"--signals tell something where all scales are asked: leave out --scales {scales}.")
         run = Run(
@@ -288,15 +281,6 @@ def _line(task: Task, samples: list[Sample], scales: list[int]) -> str:
     means = [sum(sample.scores[task.metric][i] for sample in samples) / len(samples) for i in range(len(scales))]
     shown = ", ".join(f"{100 * mean:.1f} at {scale or AUTO}" for scale, mean in zip(scales, means))
     return f"{task.name}: {task.metric} of {task.samples} questions, %: {shown}"
-
-
-def _numbers(text: str) -> list[int | str]:
-    if text == AUTO:
-        return [AUTO]
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--scales {text!r}: give numbers of visual tokens joined by commas, as 9,36, or auto.")
-    return [int(part) for part in parts]
 
 
 def _versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-import modeling_m3
+from m3_conversion.written_numbers import parse_numbers
 from modeling_m3.any_checkpoint import find
 
 from .answering import Answerer
@@ -95,13 +95,14 @@ def main(
     """Measures what frames and tokens are worth at equal cost."""
     try:
         questions = read_questions(data, limit=limit)
-        model, processor = modeling_m3.load(checkpoint)
+        found = find(checkpoint)
+        model, processor = found.load()
         scales = processor.visual_token_scales
-        pairs = [pair for total in totals.split(",") for pair in pairs_of(int(total), scales, most_frames)]
+        pairs = [pair for total in parse_numbers(totals, "--totals") for pair in pairs_of(total, scales, most_frames)]
         output.mkdir(parents=True, exist_ok=True)
         _begin(
             output / "asked.json",
-            {"checkpoint": fingerprint(find(checkpoint).folder), "data": fingerprint_of(questions)},
+            {"checkpoint": fingerprint(found.folder), "data": fingerprint_of(questions)},
         )
         accuracy = measure(model, processor, questions, pairs, output, batch_size, metric)
     except ValueError as error:

@@ -152,11 +152,13 @@ def ask(
     options = {name: value for name, value in options.items() if value is not None}
     if video_layout != "frames":
         options["video_layout"] = video_layout
-    number = int(num_visual_tokens) if num_visual_tokens and num_visual_tokens.isdecimal() else num_visual_tokens
     if model is None and not quiet:
         print(f"m3-ask: {M3_TINY}", file=sys.stderr)
     try:
         name = model or modeling_m3.default_checkpoint()
+        from m3_conversion.written_numbers import parse_number
+
+        number = parse_number(num_visual_tokens, "--num-visual-tokens")
         _ask(
             image,
             prompt,

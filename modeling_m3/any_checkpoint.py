@@ -49,6 +49,11 @@ class M3Checkpoint:
             return Path(self.name)
         return Path(snapshot_download(self.name, revision=self.model_arguments["revision"]))
 
+    def load(self, **kwargs: Any) -> tuple["M3LlavaForConditionalGeneration", "M3LlavaProcessor"]:
+        """The model and the processor. `kwargs` are of the model's `from_pretrained`."""
+        processor = AutoProcessor.from_pretrained(self.name, **self.processor_arguments)
+        return AutoModelForImageTextToText.from_pretrained(self.name, **self.model_arguments, **kwargs), processor
+
 
 def load(
     name: str | Path,
@@ -73,10 +78,7 @@ def load(
         ValueError: it is nothing that can be loaded or converted, or is neither here nor on the Hub.
         OSError: a file that cannot be read or written.
     """
-    checkpoint = find(name, quantize=quantize, dtype=dtype, revision=revision)
-    processor = AutoProcessor.from_pretrained(checkpoint.name, **checkpoint.processor_arguments)
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint.name, **checkpoint.model_arguments, **kwargs)
-    return model, processor
+    return find(name, quantize=quantize, dtype=dtype, revision=revision).load(**kwargs)
 
 
 def find(
@@ -86,7 +88,10 @@ def find(
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
 ) -> M3Checkpoint:
-    """As `load`, but for the loading: converts where it has to."""
+    """As `load`, but for the loading: converts where it has to.
+
+    Who needs the folder and the model finds once and loads what was found: another call, with other arguments, may convert again.
+    """
     dtype = _type(dtype)
     if Path(name).is_dir():
         if revision is not None:

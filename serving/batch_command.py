@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from m3_conversion.__main__ import VERSION
+from m3_conversion.written_numbers import parse_number
 from m3_evaluation.checkpoints import fingerprint
 from modeling_m3 import M3LlavaConfig
 from modeling_m3.any_checkpoint import find
@@ -150,11 +151,8 @@ def _here(settings: EngineSettings, source: Source, target: Output, missing: lis
 
 
 def _number(text: str | None, config: M3LlavaConfig) -> int | str | None:
-    if text is None or text == AUTO:
-        return text
-    if not text.isdecimal():
-        raise ValueError(f"--num-visual-tokens {text!r}: give a number, as 36, or auto.")
-    return check_num_visual_tokens(int(text), config.visual_token_scales, 1)[0]
+    number = parse_number(text, "--num-visual-tokens")
+    return number if number in (None, AUTO) else check_num_visual_tokens(number, config.visual_token_scales, 1)[0]
 
 
 def _loading(

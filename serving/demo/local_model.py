@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 import modeling_m3
@@ -78,10 +77,7 @@ class LocalModel:
         previous = transformers_logging.set_tqdm_hook(lambda factory, args, kwargs: _Bar(*args, tell=tell, **kwargs))
         try:
             found = find(self.checkpoint or modeling_m3.default_checkpoint(), **self.options)
-            self.processor = AutoProcessor.from_pretrained(found.name, **found.processor_arguments)
-            self.model = AutoModelForImageTextToText.from_pretrained(
-                found.name, **found.model_arguments, device_map=self.device
-            )
+            self.model, self.processor = found.load(device_map=self.device)
         finally:
             transformers_logging.set_tqdm_hook(previous)
             for package in packages:

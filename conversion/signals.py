@@ -33,6 +33,11 @@ def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
             signal.signal(number, former)
 
 
+def interrupt(signum: int, frame: object) -> None:
+    """A handler that ends what runs through the blocks that clean up: by a `KeyboardInterrupt` with the signal's number."""
+    raise KeyboardInterrupt(signum)
+
+
 def _send(number: int) -> None:
     """To the main thread, which it wakes where it waits; not on Windows, where a thread cannot be sent one."""
     if hasattr(signal, "pthread_kill"):

@@ -2,8 +2,9 @@
 
 import errno
 import json
+import signal
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,10 +15,11 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from m3_conversion.__main__ import VERSION
+from m3_conversion.signals import handling_signals, interrupt
 from m3_conversion.written_numbers import parse_number
 from m3_evaluation.checkpoints import fingerprint
-from modeling_m3 import M3LlavaConfig
-from modeling_m3.any_checkpoint import find
+from modeling_m3 import M3LlavaConfig, M3LlavaProcessor
+from modeling_m3.any_checkpoint import M3Checkpoint
 from modeling_m3.checkpoint import read_config
 from modeling_m3.visual_tokens import AUTO, check_num_visual_tokens
 
@@ -40,7 +42,12 @@ def batch(
             'may have "id" and "num_visual_tokens". Any URL of fsspec. Repeat the option for several.',
         ),
     ],
-    output: Annotated[str, typer.Option(help="A folder for the answers. The same command goes on with it.")],
+    output: Annotated[
+        str,
+        typer.Option(
+            help="A folder for the answers, or a file that ends in .jsonl, .csv or .parquet. The same command goes on with it."
+        ),
+    ],
     question: Annotated[str | None, typer.Option(help="Of rows that have none.")] = None,
     image_folder: Annotated[
         str | None,
@@ -82,77 +89,113 @@ def batch(
     workers: Annotated[int | None, typer.Option(help="On Ray; one for every GPU, or CPU, by default.", min=1)] = None,
     show_version: Annotated[bool, VERSION] = False,
 ) -> None:
-    """Answers a question about each of many pictures, into parquet files."""
-    try:
-        found = find(model, revision=revision)
-        config = M3LlavaConfig(**read_config(found.folder))
-        number = _number(num_visual_tokens, config)
-        chosen = choose_engine(engine)
-        if chosen == VLLM and (number == AUTO or quantize or device_map):
-            what = "--num-visual-tokens auto" if number == AUTO else "--quantize" if quantize else "--device-map"
-            raise ValueError(f"{what} is of --engine generate; vLLM is installed, and taken where none is named.")
-        settings = EngineSettings(
-            model,
-            chosen,
-            number,
-            max_new_tokens,
-            batch_size,
-            _loading(chosen, dtype, quantize, revision, device_map),
-            _options(engine_options),
-        )
-        source, target = read_source(inputs, question, image_folder, shard_size), Output(output)
-        with target.used_alone():
-            target.begin(
-                {
-                    "checkpoint": fingerprint(found.folder, with_choice=True),
-                    "input": source.fingerprint,
-                    "question": question,
-                    "shard_size": shard_size,
-                    **{name: value for name, value in asdict(settings).items() if name != "model"},
-                }
-            )
-            done = target.done()
-            missing = [index for index in range(len(source.shards)) if index not in done]
-            rows = [len(shard) for shard in source.shards]
-            with tqdm(
-                total=sum(rows),
-                initial=sum(rows) - sum(rows[index] for index in missing),
-                unit=" rows",
-                desc="answered",
-            ) as progress:
-                if missing and ray is None:
-                    _here(settings, source, target, missing, progress)
-                elif missing:
-                    from .batch_ray import run
+    """Answers a question about each of many pictures, into parquet files, or into one file of JSON Lines, CSV or parquet.
 
-                    run(ray, workers, settings, source, output, missing, progress)
-        print(f"m3-batch: {sum(rows):,} rows are answered in {output}")
+    Rows that cannot be answered say why. Ends with 0 where one was answered, with 1 where none was.
+    """
+    try:
+        with handling_signals(interrupt):
+            chosen = choose_engine(engine)
+            loading = _loading(chosen, dtype, quantize, revision, device_map)
+            settings = EngineSettings(
+                model, chosen, None, max_new_tokens, batch_size, loading, _options(engine_options)
+            )
+            number = parse_number(num_visual_tokens, "--num-visual-tokens")
+            if chosen == VLLM and (number == AUTO or quantize or device_map):
+                what = "--num-visual-tokens auto" if number == AUTO else "--quantize" if quantize else "--device-map"
+                raise ValueError(f"{what} is of --engine generate; vLLM is installed, and taken where none is named.")
+            found = settings.find()
+            settings = replace(settings, num_visual_tokens=_offered(number, settings, found))
+            source, target = read_source(inputs, question, image_folder, shard_size), Output(output)
+            about = {
+                "checkpoint": fingerprint(found.folder, with_choice=True),
+                "input": source.fingerprint,
+                "question": question,
+                "image_folder": image_folder,
+                "shard_size": shard_size,
+                **{name: value for name, value in asdict(settings).items() if name != "model"},
+            }
+            with target.used_alone():
+                failed = _answer(settings, found, source, target, about, ray, workers)
     except KeyboardInterrupt as stop:
         print("m3-batch: stopped; the same command goes on", file=sys.stderr)
-        raise typer.Exit(130) from stop
+        raise typer.Exit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from stop
     except (ValueError, OSError, SafetensorError, HfHubHTTPError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             error = ValueError(f"the disk of {output} is full: make room, the same command goes on")
         print(f"m3-batch: {' '.join(str(error).split())}", file=sys.stderr)
         raise typer.Exit(1) from error
+    rows = sum(map(len, source.shards))
+    print(f"m3-batch: {_outcome(rows, failed, source.left_out, output)}", file=sys.stderr if failed == rows else None)
+    if failed == rows:
+        raise typer.Exit(1)
 
 
 def main() -> None:
     app(prog_name="m3-batch")
 
 
-def _here(settings: EngineSettings, source: Source, target: Output, missing: list[int], progress: tqdm) -> None:
+def _answer(
+    settings: EngineSettings,
+    found: M3Checkpoint,
+    source: Source,
+    target: Output,
+    about: dict[str, Any],
+    ray: str | None,
+    workers: int | None,
+) -> int:
+    """Answers what is missing. Returns how many rows failed, those of before included."""
+    if finished := target.begin(about):
+        return finished["failed"]
+    lengths = [len(shard) for shard in source.shards]
+    done = target.done(lengths)
+    missing = [index for index in range(len(lengths)) if index not in done]
+    failed, before = sum(done.values()), sum(lengths[index] for index in done)
+    with tqdm(total=sum(lengths), initial=before, unit=" rows", desc="answered") as progress:
+        if missing and ray is None:
+            failed += _here(settings, found, source, target, missing, progress)
+        elif missing:
+            from .batch_ray import run
+
+            failed += run(ray, workers, settings, source, target.place, missing, progress)
+    target.finish(about, len(lengths), failed)
+    return failed
+
+
+def _here(
+    settings: EngineSettings, found: M3Checkpoint, source: Source, target: Output, missing: list[int], progress: tqdm
+) -> int:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    engine = make_engine(settings)
+    engine, failed = make_engine(settings, found), 0
     for index in missing:
         rows = source.rows(source.shards[index])
-        target.write(index, rows, answer_rows(engine, settings, rows, progress.update))
+        failed += target.write(index, rows, answer_rows(engine, settings, rows, progress.update))
+    return failed
 
 
-def _number(text: str | None, config: M3LlavaConfig) -> int | str | None:
-    number = parse_number(text, "--num-visual-tokens")
-    return number if number in (None, AUTO) else check_num_visual_tokens(number, config.visual_token_scales, 1)[0]
+def _outcome(rows: int, failed: int, left_out: int, output: str) -> str:
+    if failed == rows:
+        said = f"all {rows:,} rows failed: error says why in {output}"
+    elif failed:
+        said = f"{rows - failed:,} of {rows:,} rows are answered in {output}, {failed:,} failed: their error says why"
+    else:
+        said = f"{rows:,} rows are answered in {output}"
+    return said + (f"; {left_out:,} files of folders are no pictures and were left out" if left_out else "")
+
+
+def _offered(number: int | str | None, settings: EngineSettings, found: M3Checkpoint) -> int | str | None:
+    """The number that rows without one are asked at; says so where it is not what the checkpoint would have."""
+    config = M3LlavaConfig(**read_config(found.folder))
+    if number not in (None, AUTO):
+        return check_num_visual_tokens(number, config.visual_token_scales, 1)[0]
+    if number is None and settings.engine == VLLM:
+        processor = M3LlavaProcessor.from_pretrained(found.folder)
+        if processor.num_visual_tokens == AUTO:
+            number = max(processor.visual_token_scales)
+            said = f"the checkpoint's default is auto, which is of --engine generate: vLLM answers at {number}"
+            print(f"m3-batch: {said}", file=sys.stderr)
+    return number
 
 
 def _loading(

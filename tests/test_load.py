@@ -1,6 +1,7 @@
 """Any LLaVA, a folder or on the Hub, to an answer: converted once, kept, found again, and freed."""
 
 import ast
+import json
 import os
 import shutil
 import signal
@@ -103,6 +104,33 @@ def test_precisions_are_kept_apart_and_quantize_alike(quantize, home, converted)
     assert quantized[0].keys() == quantized[1].keys()
     assert all(value.dtype in (torch.uint8, torch.int8) for value in quantized[0].values())
     assert all(torch.equal(value, quantized[1][name]) for name, value in quantized[0].items())
+
+
+@pytest.mark.parametrize("how", [["--quantize", "nf4"], ["--dtype", "bfloat16"]])
+def test_commands_convert_once_as_they_load(how, home, tmp_path, converted_calls):
+    from m3_evaluation.eval_command import app as eval_app
+    from m3_serving.batch_command import app as batch_app
+
+    model, question = str(GOLDENS / "llava15-m3"), {"image": PICTURE, "question": "What?", "answer": "this"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(question))
+    rows = ["--max-new-tokens", "2", "--output"]
+    for command in (
+        [
+            batch_app,
+            "--model",
+            model,
+            "--input",
+            tmp_path / "rows.jsonl",
+            "--engine",
+            "generate",
+            *rows,
+            tmp_path / "a",
+        ],
+        [eval_app, model, "--data", tmp_path / "rows.jsonl", "--scales", "1", *rows, tmp_path / "b"],
+    ):
+        ran = CliRunner().invoke(command[0], [*map(str, command[1:]), *how])
+        assert ran.exit_code == 0, ran.output
+        assert len(converted_calls) == 1 and [c.precision.split("-")[0] for c in cached_checkpoints()] == [how[1]]
 
 
 def test_the_package_is_imported_without_the_conversion():

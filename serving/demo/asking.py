@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakSet
 
 from PIL import Image
 
@@ -111,11 +112,11 @@ class Answer:
 
 @dataclass
 class Person:
-    """One open page: what is kept between its questions, and goes with it.
+    """One open page: what is kept between its questions, and goes with it. Several threads may be at work for one.
 
     Attributes:
-        stop: set once the user wants no more of the answer under way.
-        kept: what a model remembers of the chat.
+        stop: of the answer that was asked for last; set once the user wants no more of it.
+        kept: what a model remembers of the chat; nothing while an answer has it.
         chat: what was said.
         drawing: the file of the picture that was drawn last.
         tab: that is open.
@@ -128,6 +129,43 @@ class Person:
     drawing: str = ""
     tab: str = ""
     is_gone: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    _stops: WeakSet[threading.Event] = field(default_factory=WeakSet, repr=False, compare=False)
+
+    def begin(self) -> None:
+        """Another answer is asked for; those of before that were stopped stay so."""
+        with self.lock:
+            self._stops.add(self.stop)
+            self.stop = threading.Event()
+
+    def stop_all(self) -> None:
+        """No more of any answer under way."""
+        with self.lock:
+            for stop in (self.stop, *self._stops):
+                stop.set()
+
+    def take(self) -> Any:
+        """What is kept, for one answer alone, which changes it."""
+        with self.lock:
+            kept, self.kept = self.kept, None
+        return kept
+
+    def keep(self, kept: Any) -> bool:
+        """Keeps it for the next answer; not of who has left."""
+        with self.lock:
+            self.kept = None if self.is_gone else kept
+            return not self.is_gone
+
+    def leave(self) -> None:
+        """Nothing is kept of them any more."""
+        with self.lock:
+            self.is_gone, self.kept, self.chat = True, None, None
+        self.stop_all()
+
+    def forget_chat(self) -> None:
+        with self.lock:
+            self.kept = self.chat = None
+        self.stop_all()
 
 
 class Model(Protocol):

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 
 from modeling_m3.questions import check_question
 
-from .asking import Message, Person, Picture
+from .asking import Message, Person
+from .chats import Chat, chat_of
 from .controls import Shared, Upload, paced, picture_input, settings_of
 from .rendering import ENDS, cost_html, notes_html
-
-
-@dataclass
-class Chat:
-    """What was said, and how the page shows it.
-
-    Attributes:
-        messages: for the model.
-        shown: for the page, with every picture as a message of its own.
-        waiting: pictures of the next message, and their files.
-    """
-
-    messages: list[Message] = field(default_factory=list)
-    shown: list[dict[str, Any]] = field(default_factory=list)
-    waiting: list[tuple[Picture, str]] = field(default_factory=list)
 
 
 def chat_tab(shared: Shared, tab: gr.Tab) -> None:
@@ -51,52 +37,52 @@ def chat_tab(shared: Shared, tab: gr.Tab) -> None:
         add = gr.Button("Add another picture", size="md", elem_classes="m3-copy")
 
     def take(request: gr.Request, upload: Upload | None, scale: int | str | None) -> Iterator[dict[Any, Any]]:
-        chat = _chat(shared.people.of(request, upload and upload["path"]))
-        chat.waiting.append((shared.opened(upload, scale), upload["path"]))
-        names = ", ".join(f"{held.name} at {held.num_visual_tokens}" for held, _ in chat.waiting)
+        chat = chat_of(shared.people.of(request, upload and upload["path"]))
+        waiting = chat.add((shared.opened(upload, scale), upload["path"]))
+        names = ", ".join(f"{held.name} at {held.num_visual_tokens}" for held in waiting)
         yield {picture: None, problem: notes_html(f"With the next message: {names}.")}
 
     def say(
         request: gr.Request, words: str, upload: Upload | None, scale: int | str | None, *settings: Any
     ) -> Iterator[dict[Any, Any]]:
-        person = shared.person(request, upload)
-        chat, how = _chat(person), settings_of(*settings)
-        new = [*chat.waiting, *([(shared.opened(upload, scale), upload["path"])] if upload else [])]
-        message = Message("user", check_question(words), tuple(held for held, _ in new))
-        before = list(chat.shown)
-        for held, file in new:
-            named = f"{held.name}, {held.num_visual_tokens} visual tokens"
-            chat.shown += [
-                {"role": "user", "content": {"path": file, "alt_text": named}},
-                {"role": "user", "content": f"*{held.num_visual_tokens} visual tokens*"},
-            ]
-        chat.shown.append({"role": "user", "content": words})
-        chat.messages.append(message)
-        yield {talk: chat.shown, text: "", picture: None, problem: ""}
-        chat.waiting.clear()
-        try:
-            yield from answer(chat, person, how)
-        except Exception:  # whatever it was is told by who called; a turn without an answer is none
-            chat.messages.pop()
-            chat.shown = before
-            yield {talk: before, text: words}
-            raise
+        chat = chat_of(shared.people.of(request, upload and upload["path"]))
+        with chat.turn():
+            person, how = shared.person(request), settings_of(*settings)
+            words, last = check_question(words), [(shared.opened(upload, scale), upload["path"])] if upload else []
+            new, before = [*chat.take(), *last], list(chat.shown)
+            for held, file in new:
+                named = f"{held.name}, {held.num_visual_tokens} visual tokens"
+                chat.shown += [
+                    {"role": "user", "content": {"path": file, "alt_text": named}},
+                    {"role": "user", "content": f"*{held.num_visual_tokens} visual tokens*"},
+                ]
+            chat.shown.append({"role": "user", "content": words})
+            chat.messages.append(Message("user", words, tuple(held for held, _ in new)))
+            yield {talk: chat.shown, text: "", picture: None, problem: ""}
+            try:
+                yield from answer(chat, person, how)
+            except Exception:  # whatever it was is told by who called; a turn without an answer is none
+                chat.messages.pop()
+                chat.shown = before
+                yield {talk: before, text: words}
+                raise
 
     def again(request: gr.Request, *settings: Any) -> Iterator[dict[Any, Any]]:
-        person = shared.person(request)
-        chat = _chat(person)
-        if len(chat.messages) < 2:
-            raise ValueError("There is no answer yet that could be tried again.")
-        how, messages, shown = settings_of(*settings), list(chat.messages), list(chat.shown)
-        chat.messages.pop()
-        chat.shown.pop()
-        yield {problem: ""}
-        try:
-            yield from answer(chat, person, how)
-        except Exception:  # as above: the earlier answer stays
-            chat.messages, chat.shown = messages, shown
-            yield {talk: shown}
-            raise
+        chat = chat_of(shared.people.of(request))
+        with chat.turn():
+            person = shared.person(request)
+            if len(chat.messages) < 2:
+                raise ValueError("There is no answer yet that could be tried again.")
+            how, messages, shown = settings_of(*settings), list(chat.messages), list(chat.shown)
+            chat.messages.pop()
+            chat.shown.pop()
+            yield {problem: ""}
+            try:
+                yield from answer(chat, person, how)
+            except Exception:  # as above: the earlier answer stays
+                chat.messages, chat.shown = messages, shown
+                yield {talk: shown}
+                raise
 
     def answer(chat: Chat, person: Person, how: Any) -> Iterator[dict[Any, Any]]:
         said = None
@@ -108,9 +94,7 @@ def chat_tab(shared: Shared, tab: gr.Tab) -> None:
         chat.shown.append({"role": "assistant", "content": said.text + end})
 
     def forget(request: gr.Request) -> Iterator[dict[Any, Any]]:
-        person = shared.people.of(request)
-        person.stop.set()
-        person.chat = person.kept = None
+        shared.people.of(request).forget_chat()
         yield {talk: [], text: "", picture: None, problem: "", costs: cost_html(None)}
 
     outputs = [talk, text, picture, problem, costs]
@@ -118,11 +102,6 @@ def chat_tab(shared: Shared, tab: gr.Tab) -> None:
     shared.on([retry.click], again, shared.settings, outputs, problem)
     shared.on([add.click], take, [picture, number], outputs, problem, draws=True)
     shared.on([anew.click, talk.clear], forget, [], outputs, problem, draws=True)
-
-
-def _chat(person: Person) -> Chat:
-    person.chat = person.chat or Chat()
-    return person.chat
 
 
 def _at_chosen(messages: list[Message], chosen: Iterator[int]) -> Iterator[Message]:

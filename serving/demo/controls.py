@@ -126,7 +126,7 @@ class Shared:
             try:
                 for _ in self.loading.changes():
                     if not self.loading.is_ready:
-                        yield {where: status_html(self.loading.words, self.loading.share, False, self.loading.sentence)}
+                        yield {where: status_html(*self.loading.told, False, self.loading.sentence)}
                 if self.loading.is_ready:
                     yield from handler(request, *args)
             except EXPECTED as error:
@@ -151,7 +151,7 @@ class Shared:
     def person(self, request: gr.Request, *uploads: Upload | None) -> Person:
         """Whose event this is, ready for an answer."""
         person = self.people.of(request, *(upload and upload["path"] for upload in uploads))
-        person.stop.clear()
+        person.begin()
         return person
 
     def opened(self, upload: Upload | None, number: int | str | None) -> Picture:
@@ -160,7 +160,7 @@ class Shared:
         return open_upload(upload["path"], name_of(upload), self.model.default if number is None else number)
 
     def _stop(self, request: gr.Request) -> None:
-        self.people.of(request).stop.set()
+        self.people.of(request).stop_all()
 
 
 def more_settings() -> list[gr.components.Component]:

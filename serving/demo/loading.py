@@ -24,7 +24,7 @@ class Loading:
     Attributes:
         scales, default: the numbers and which one is chosen, as far as they are known; `default` may be "auto".
         model: once `is_ready`.
-        words, share: how far it is, the share from 0 to 1 or None.
+        told: how far it is, in words, and the share from 0 to 1 or None; both together, since a thread tells them.
         error: why it cannot be had.
     """
 
@@ -32,11 +32,20 @@ class Loading:
 
     def __init__(self, make: Callable[[], Model], done: Callable[[], None], folder: Path | None = None):
         self.scales, self.default = _numbers_in(folder) if folder else ([], None)
-        self.words, self.share, self.error = "Starting", None, None
+        self.told: tuple[str, float | None] = ("Starting", None)
+        self.error: Exception | None = None
         self._make, self._tell_end, self._done = make, done, threading.Event()
 
     def start(self) -> None:
         threading.Thread(target=self._load, daemon=True).start()
+
+    @property
+    def words(self) -> str:
+        return self.told[0]
+
+    @property
+    def share(self) -> float | None:
+        return self.told[1]
 
     @property
     def is_ready(self) -> bool:
@@ -52,7 +61,7 @@ class Loading:
         shown = None
         while True:
             done = self._done.is_set()
-            if done or shown != (shown := (self.words, self.share)):
+            if done or shown != (shown := self.told):
                 yield
             if done:
                 return
@@ -71,7 +80,7 @@ class Loading:
         self._tell_end()
 
     def _tell(self, words: str, share: float | None) -> None:
-        self.words, self.share = words, share
+        self.told = words, share
 
 
 def _numbers_in(folder: Path) -> tuple[list[int], int | str | None]:

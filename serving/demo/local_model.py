@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from modeling_m3.processing_m3 import MAKES_TEXT_PLAIN
 from .as_python import lines_for_checkpoint
 from .asking import AUTO, Answer, Compared, Cost, Message, Person, Picture, Settings
 from .chat_cache import ChatCache
+from .recent import Recent
 from .stepwise import StepwiseAnswer
 
 
@@ -55,11 +57,11 @@ class LocalModel:
     ):
         self.checkpoint, self.options = checkpoint, {"quantize": quantize, "dtype": dtype, "revision": revision}
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._encoded: OrderedDict[str, M3LlavaEncodedImages] = OrderedDict()
-        self._remembered: list[Person] = []
+        self._encoded = Recent(ENCODED_AT_MOST)
+        self._remembered = Recent(CHATS_AT_MOST, Person.take)
         # An answer lets go of it after every token, for who clicks into a picture meanwhile.
         self._computing = threading.Lock()
-        self._counts_flops, self._flops = False, 0.0
+        self._tokenizing = threading.Lock()  # padding and truncation are a state of the tokenizer; decoding has none
 
     @property
     def name(self) -> str:
@@ -106,8 +108,8 @@ class LocalModel:
         inputs = self._inputs(messages, settings.system)
         keys = [(picture.key, picture.num_visual_tokens) for picture in pictures]
         remembers = settings.num_beams == 1 and not any(p.num_visual_tokens == AUTO or p.is_video for p in pictures)
-        remembered, person.kept = person.kept if remembers else None, None
-        if remembered is not None:
+        remembered = person.take()
+        if remembers and remembered is not None:
             ids, counts = inputs["input_ids"][0].tolist(), self._counts(inputs)
             length, seen = remembered.shared_with(ids, keys, counts, self.processor.image_token_id)
             if length:
@@ -116,12 +118,10 @@ class LocalModel:
                 inputs = _without_pictures(inputs, seen) | {CACHE_NAME: remembered.cache}
         output = yield from self._growing(inputs, settings, person, [picture.num_visual_tokens for picture in pictures])
         cache = getattr(output, CACHE_NAME, None)
-        if remembers and not person.is_gone and can_be_cut(cache):
-            person.kept = ChatCache(output.sequences[0, : cache.get_seq_length()].tolist(), keys, cache)
-            self._remembered = [*(other for other in self._remembered if other is not person), person]
-            for other in self._remembered[:-CHATS_AT_MOST]:
-                other.kept = None
-            self._remembered = self._remembered[-CHATS_AT_MOST:]
+        if remembers and can_be_cut(cache):
+            kept = ChatCache(output.sequences[0, : cache.get_seq_length()].tolist(), keys, cache)
+            if person.keep(kept):
+                self._remembered.put(id(person), person)
 
     def compare(self, picture: Picture, question: str, settings: Settings, person: Person) -> Iterator[Compared]:
         encoded, seconds, flops = self._encode(picture)
@@ -150,7 +150,9 @@ class LocalModel:
                 row.close()
 
     def similarities(self, picture: Picture, token: int) -> list[float]:
-        encoded = self._encoded.get(picture.key) or self._encode(picture)[0]
+        encoded = self._encoded.get(picture.key)
+        if encoded is None:
+            encoded, _, _ = self._encode(picture)
         return similarities(self.model, encoded, token, picture.num_visual_tokens)
 
     def as_python(self, picture: Picture, question: str, settings: Settings, numbers: Sequence[int | str]) -> str:
@@ -173,15 +175,16 @@ class LocalModel:
             raise ValueError(
                 f"The question holds {written[0]}, which is no text to a checkpoint: transformers 5.24 can ask it as text."
             )
-        inputs = self.processor.apply_chat_template(
-            chat,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"num_visual_tokens": numbers} if numbers else {},
-            **({"sanitize_control_tokens": True} if written else {}),
-        )
+        with self._tokenizing:
+            inputs = self.processor.apply_chat_template(
+                chat,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"num_visual_tokens": numbers} if numbers else {},
+                **({"sanitize_control_tokens": True} if written else {}),
+            )
         return dict(inputs.to(self.model.device))
 
     def _marks_in(self, texts: Sequence[str]) -> list[str]:
@@ -204,17 +207,17 @@ class LocalModel:
         if settings.temperature:
             sampling["temperature"] = settings.temperature
         call = {**inputs, **sampling, "num_beams": settings.num_beams, "max_new_tokens": settings.max_new_tokens}
-        step = StepwiseAnswer(self.model, self.processor.tokenizer, person.stop, self._prefilled, **call)
+        with _counting() as flops:
+            step = StepwiseAnswer(self.model, self.processor.tokenizer, person.stop, flops.end, **call)
         answer = Answer(num_visual_tokens=tuple(numbers))
         cost = Cost() if chooses else Cost(len(prompt) - text, len(prompt))
         try:
             goes_on = True
             while goes_on:
                 with self._computing:
-                    self._flops, self._counts_flops = 0.0, cost.prefill_flops is None
-                    goes_on, self._counts_flops = step.step(), False
-                    flops = self._flops if cost.prefill_flops is None else cost.prefill_flops
-                cost = replace(cost, prefill_flops=flops, seconds=step.seconds)
+                    goes_on = step.step()
+                flops.end()
+                cost = replace(cost, prefill_flops=flops.count, seconds=step.seconds)
                 cost = replace(cost, first_token_seconds=step.first_token_seconds, answer_tokens=step.tokens)
                 if not goes_on and chooses:
                     chosen = step.output.num_visual_tokens.tolist()
@@ -246,32 +249,53 @@ class LocalModel:
     def _encode(self, picture: Picture) -> tuple[M3LlavaEncodedImages, float, float]:
         """A picture's features, and the seconds and FLOPs that it took to compute them."""
         inputs = self._inputs([Message("user", "", (replace(picture, num_visual_tokens=self.scales[0]),))], "")
-        with self._computing, torch.no_grad():
-            begin, self._flops, self._counts_flops = time.perf_counter(), 0.0, True
+        with self._computing, _counting() as flops, torch.no_grad():
+            begin = time.perf_counter()
             encoded = self.model.encode_images(
                 inputs["pixel_values"], inputs.get("image_sizes"), inputs["image_tile_grids"]
             )
             encoded.tile_features.flatten()[0].item()  # a GPU is done by then
-            seconds, flops, self._counts_flops = time.perf_counter() - begin, self._flops, False
-        self._encoded[picture.key] = encoded
-        self._encoded.move_to_end(picture.key)
-        while len(self._encoded) > ENCODED_AT_MOST:
-            self._encoded.popitem(last=False)
-        return encoded, seconds, flops
-
-    def _prefilled(self) -> None:
-        self._counts_flops = False
+            seconds = time.perf_counter() - begin
+        self._encoded.put(picture.key, encoded)
+        return encoded, seconds, flops.count
 
     def _count_text(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if self._counts_flops:
+        if flops := _FLOPS.get():
             b, s = kwargs["inputs_embeds"].shape[:2]
             cache = kwargs.get(CACHE_NAME)
             before = 0 if cache is None else int(cache.get_seq_length())
-            self._flops += sum(o.times * o.flops for o in operations.language_model(self.config, b, s, before + s))
+            flops.add(operations.language_model(self.config, b, s, before + s))
 
     def _count_tiles(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        if self._counts_flops:
-            self._flops += sum(o.times * o.flops for o in operations.vision(self.config, len(args[0])))
+        if flops := _FLOPS.get():
+            flops.add(operations.vision(self.config, len(args[0])))
+
+
+class _Flops:
+    """Of one prefill, whatever else is computed meanwhile."""
+
+    def __init__(self) -> None:
+        self.count, self._ended = 0.0, False
+
+    def add(self, done: Any) -> None:
+        if not self._ended:
+            self.count += sum(operation.times * operation.flops for operation in done)
+
+    def end(self) -> None:
+        self._ended = True
+
+
+_FLOPS: ContextVar[_Flops | None] = ContextVar("flops", default=None)  # of the prefill that this thread computes
+
+
+@contextmanager
+def _counting() -> Iterator[_Flops]:
+    flops = _Flops()
+    token = _FLOPS.set(flops)
+    try:
+        yield flops
+    finally:
+        _FLOPS.reset(token)
 
 
 def _without_pictures(inputs: dict[str, Any], seen: int) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def build(loading: Loading, people: People, users: int, at_once: int, most_bytes
 
         def load() -> Iterator[dict[Any, Any]]:
             for _ in loading.changes():
-                yield {status: status_html(loading.words, loading.share, False, loading.sentence)}
+                yield {status: status_html(*loading.told, False, loading.sentence)}
             if loading.is_ready:
                 words = f"{loading.model.name}: {loading.model.facts}. Up to {users} people may wait for an answer."
                 fills = {} if known else {control: gr.update(**fill()) for control, fill in shared.fills.items()}

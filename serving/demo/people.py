@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ class People:
         self.folder, self._own = folder, set[str]()
         self._people: dict[str, Person] = {}
         self._files: dict[str, set[str]] = {}
+        self._lock = threading.RLock()
 
     def keep_what_is_there(self) -> None:
         """The files so far are the page's own, such as its examples: they stay whoever looked at them."""
@@ -35,23 +37,33 @@ class People:
     def of(self, request: Any, *files: str | None) -> Person:
         """The person whose event this is, whose files these are."""
         key = str(request.session_hash)
-        self._files.setdefault(key, set()).update(os.path.realpath(file) for file in files if file)
-        return self._people.setdefault(key, Person())
+        with self._lock:
+            self._files.setdefault(key, set()).update(os.path.realpath(file) for file in files if file)
+            return self._people.setdefault(key, Person())
 
     def forget(self, request: Any) -> None:
         """They left."""
         key = str(request.session_hash)
-        person, files = self._people.pop(key, None), self._files.pop(key, set())
+        with self._lock:
+            person, files = self._people.pop(key, None), self._files.pop(key, set())
+            self._remove(files)
         if person is not None:
-            person.is_gone, person.kept, person.chat = True, None, None
-            person.stop.set()
-        self._remove(files)
+            person.leave()
 
     def discard(self, request: Any, file: str) -> None:
         """They need a file no more."""
         place = os.path.realpath(file)
-        self._files.get(str(request.session_hash), set()).discard(place)
-        self._remove({place})
+        with self._lock:
+            self._files.get(str(request.session_hash), set()).discard(place)
+            self._remove({place})
+
+    def draw(self, request: Any, file: str) -> None:
+        """The file of their drawing is another one now."""
+        person = self.of(request, file)
+        with person.lock:
+            before, person.drawing = person.drawing, file
+        if before:
+            self.discard(request, before)
 
     def _remove(self, files: set[str]) -> None:
         """Of these, what lies in the folder, and is neither somebody else's nor the page's own."""

@@ -4,12 +4,14 @@ import difflib
 import html
 import io
 import re
+import threading
 
 from .asking import AUTO, Answer, Compared
 
 
 ENDS = {"length": "cut off: it reached the longest length", "stopped": "stopped"}
 LINES = ("#2563eb", "#d97706")  # told apart by their marks, too
+_DRAWING = threading.Lock()  # matplotlib is for one thread at a time
 TEXT = "#010203"  # stands for the colour of the page's text, whichever it is
 
 
@@ -81,28 +83,9 @@ def plot_svg(compared: Compared) -> str:
     ]
     if len(points) < 2:
         return ""
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure  # without pyplot: it keeps figures, and is for one thread
-
-    rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9})  # of the page's process
-    numbers, first, whole = zip(*points)
-    figure = Figure(figsize=(4.6, 2.3), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(numbers, whole, marker="o", color=LINES[0], label="whole answer")
-    axes.plot(numbers, first, marker="s", color=LINES[1], label="first token")
-    axes.set(xscale="log", xlabel="visual tokens", ylabel="seconds", ylim=(0, None))
-    axes.set_xticks(numbers, [str(number) for number in numbers])
-    axes.minorticks_off()
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    for text in [axes.xaxis.label, axes.yaxis.label, *axes.get_legend().get_texts()]:
-        text.set_color(TEXT)
-    axes.tick_params(colors=TEXT, labelcolor=TEXT)
-    for spine in axes.spines.values():
-        spine.set_color(TEXT)
-    written = io.StringIO()
-    figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    drawing = re.sub(r"\A.*?(?=<svg)", "", written.getvalue(), flags=re.DOTALL).replace(TEXT, "currentColor")
+    with _DRAWING:
+        written = _drawn(*zip(*points))
+    drawing = re.sub(r"\A.*?(?=<svg)", "", written, flags=re.DOTALL).replace(TEXT, "currentColor")
     said = "; ".join(f"{number} visual tokens: {one:.3g} s, {all_of_it:.3g} s" for number, one, all_of_it in points)
     label = html.escape(f"Seconds to the first token and for the whole answer. {said}")
     return drawing.replace("<svg", f'<svg class="m3-plot" role="img" aria-label="{label}"', 1)
@@ -119,6 +102,31 @@ def status_html(words: str, share: float | None, ready: bool, error: str) -> str
         f'<p class="m3-status" role="status">{_text(words)}&hellip;</p>'
         f'<progress max="1"{value} aria-label="Loading the model"></progress>'
     )
+
+
+def _drawn(numbers: tuple[int, ...], first: tuple[float, ...], whole: tuple[float, ...]) -> str:
+    """The drawing, in the colour `TEXT`."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure  # without pyplot: it keeps figures, and is for one thread
+
+    rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9})  # of the page's process
+    figure = Figure(figsize=(4.6, 2.3), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(numbers, whole, marker="o", color=LINES[0], label="whole answer")
+    axes.plot(numbers, first, marker="s", color=LINES[1], label="first token")
+    axes.set(xscale="log", xlabel="visual tokens", ylabel="seconds", ylim=(0, None))
+    axes.set_xticks(numbers, [str(number) for number in numbers])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    for text in [axes.xaxis.label, axes.yaxis.label, *axes.get_legend().get_texts()]:
+        text.set_color(TEXT)
+    axes.tick_params(colors=TEXT, labelcolor=TEXT)
+    for spine in axes.spines.values():
+        spine.set_color(TEXT)
+    written = io.StringIO()
+    figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return written.getvalue()
 
 
 def _row(number: int | str, answer: Answer, reference: str | None, is_finest: bool) -> str:

@@ -34,7 +34,7 @@ def see_tab(shared: Shared, tab: gr.Tab) -> None:
     ) -> Iterator[dict[Any, Any]]:
         from modeling_m3.overlay import see
 
-        person = shared.people.of(request, upload and upload["path"])
+        shared.people.of(request, upload and upload["path"])
         if upload is None or scale is None:
             yield {
                 shown: None,
@@ -56,9 +56,7 @@ def see_tab(shared: Shared, tab: gr.Tab) -> None:
             words = f"How similar each token is to {boxes[at].describe()}: from dark (unlike) to yellow (alike)."
         file = shared.people.new_file(request, f"m3-{what}-{scale}.png")
         seen.draw(scale, what, values, chosen).save(file)
-        if person.drawing:
-            shared.people.discard(request, person.drawing)
-        person.drawing = str(file)
+        shared.people.draw(request, str(file))
         # The value only where it has to change: people may have gone on to another token meanwhile.
         limit = gr.update(maximum=max(2, len(boxes)), **({} if at + 1 == token_number else {"value": at + 1}))
         yield {shown: str(file), notes: notes_html(words), token: limit}

@@ -92,9 +92,10 @@ class ServerModel:
         threading.Thread(target=self._loop.run_forever, name="asks the server", daemon=True).start()
 
     def answer(self, messages: Sequence[Message], settings: Settings, person: Person) -> Iterator[Answer]:
-        kept, pictures = person.kept or {}, [picture for message in messages for picture in message.pictures]
-        person.kept = {picture.key: kept.get(picture.key) or _urls(picture) for picture in pictures}
-        asked = self._asked(messages, settings, person.kept)
+        kept, pictures = person.take() or {}, [picture for message in messages for picture in message.pictures]
+        urls = {picture.key: kept.get(picture.key) or _urls(picture) for picture in pictures}
+        person.keep(urls)
+        asked = self._asked(messages, settings, urls)
         for answers in self._together({asked.number: asked}, person):
             answer = answers[asked.number]
             if answer.error:
@@ -187,7 +188,7 @@ class ServerModel:
     def _together(self, asked: dict[Any, _Asked], person: Person) -> Iterator[dict[Any, Answer]]:
         """All requests at once, and their answers so far whenever one has grown. What is left at the end is given up."""
         answers = {key: Answer(num_visual_tokens=(one.number,) * one.pictures) for key, one in asked.items()}
-        grown = threading.Event()
+        grown, stop = threading.Event(), person.stop
 
         async def grow(key: Any, one: _Asked) -> None:
             try:
@@ -201,7 +202,7 @@ class ServerModel:
         under_way = [asyncio.run_coroutine_threadsafe(grow(key, one), self._loop) for key, one in asked.items()]
         try:
             while any(not future.done() for future in under_way) or grown.is_set():
-                if person.stop.is_set():
+                if stop.is_set():
                     yield {key: replace(one, finished=one.finished or "stopped") for key, one in answers.items()}
                     return
                 if grown.wait(0.05):

@@ -1,5 +1,6 @@
 """`generate` that computes one token whenever it is asked for one, so that several answers can grow side by side."""
 
+import contextvars
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 
 class StepwiseAnswer(TextStreamer):
-    """One call of `generate`, which waits after every token until `step` is called again.
+    """One call of `generate`, which waits after every token until `step` is called again. It runs in the context it is made in.
 
     Its time is that of its own steps: what is computed between them is not counted.
 
@@ -45,7 +46,8 @@ class StepwiseAnswer(TextStreamer):
         if self._streams:
             call["streamer"] = self
         call["stopping_criteria"] = StoppingCriteriaList([_Stopped(self)])
-        self._thread = threading.Thread(target=self._generate, args=(model, call), daemon=True)
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._generate, model, call), daemon=True)
 
     def step(self) -> bool:
         """Computes the next token, or the whole answer of beams. False once there is none.

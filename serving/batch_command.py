@@ -104,9 +104,9 @@ def batch(
             if chosen == VLLM and (number == AUTO or quantize or device_map):
                 what = "--num-visual-tokens auto" if number == AUTO else "--quantize" if quantize else "--device-map"
                 raise ValueError(f"{what} is of --engine generate; vLLM is installed, and taken where none is named.")
+            source, target = read_source(inputs, question, image_folder, shard_size), Output(output)
             found = settings.find()
             settings = replace(settings, num_visual_tokens=_offered(number, settings, found))
-            source, target = read_source(inputs, question, image_folder, shard_size), Output(output)
             about = {
                 "checkpoint": fingerprint(found.folder, with_choice=True),
                 "input": source.fingerprint,

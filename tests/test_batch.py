@@ -154,6 +154,7 @@ def test_the_same_command_goes_on_and_another_is_refused(data, answered, tmp_pat
         (["--num-visual-tokens", "few"], "--num-visual-tokens 'few': give a number"),
         (["--engine-options", "[1]"], "give an object"),
         (["--input", "{folder}"], "are pictures: say what to ask by --question"),
+        (["--question", " \n"], r"--question ' \n' is empty: write what to ask."),
         (["--output", "{folder}"], "has other files: give a new folder"),
         (["--model", "nowhere"], "nowhere"),
     ],

@@ -26,11 +26,11 @@ def ask_tab(shared: Shared, tab: gr.Tab) -> None:
     def answer(
         request: gr.Request, upload: Upload | None, question: str, number: int | str | None, *settings: Any
     ) -> Iterator[dict[Any, Any]]:
-        person = shared.person(request, upload)
+        person = Person(shared.person(request, upload).stop)
         yield {costs: cost_html(None), lines: ""}
         question, picture, how = check_question(question), shared.opened(upload, number), settings_of(*settings)
         messages = [Message("user", question, (picture,))]
-        for said in paced(shared.model.answer(messages, how, Person(person.stop))):
+        for said in paced(shared.model.answer(messages, how, person)):
             yield {shown: answer_html(said), costs: cost_html(said)}
         yield {lines: shared.model.as_python(picture, question, how, [picture.num_visual_tokens])}
 
@@ -45,10 +45,10 @@ def compare_tab(shared: Shared, tab: gr.Tab) -> None:
     lines = python_lines()
 
     def compare(request: gr.Request, upload: Upload | None, question: str, *settings: Any) -> Iterator[dict[Any, Any]]:
-        person = shared.person(request, upload)
+        person = Person(shared.person(request, upload).stop)
         yield {lines: ""}
         question, picture, how = check_question(question), shared.opened(upload, None), settings_of(*settings)
-        for compared in paced(shared.model.compare(picture, question, how, Person(person.stop))):
+        for compared in paced(shared.model.compare(picture, question, how, person)):
             yield {shown: compared_html(compared)}
         yield {lines: shared.model.as_python(picture, question, how, list(compared.answers))}
 

@@ -52,10 +52,10 @@ def video_tab(shared: Shared, tab: gr.Tab) -> None:
     def answer(
         request: gr.Request, upload: Upload | None, count: float, scale: int | str | None, words: str, *settings: Any
     ) -> Iterator[dict[Any, Any]]:
-        person = shared.person(request, upload)
+        person = Person(shared.person(request, upload).stop)
         picture, how = sampled(upload, scale, count), settings_of(*settings)
         messages = [Message("user", check_question(words), (picture,))]
-        for said in paced(shared.model.answer(messages, how, Person(person.stop))):
+        for said in paced(shared.model.answer(messages, how, person)):
             yield {shown: answer_html(said), costs: cost_html(said)}
 
     shared.on([video.change, frames.release, number.change], draw, [video, frames, number], [drawn], drawn, draws=True)

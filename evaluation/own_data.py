@@ -13,6 +13,7 @@ from typing import Any
 from urllib.request import urlopen
 
 from m3_conversion.json_files import read_json_lines
+from m3_conversion.written_numbers import is_missing
 from modeling_m3.pictures import open_pictures
 from modeling_m3.questions import check_question
 
@@ -87,11 +88,6 @@ def read_questions(
     if not questions:
         raise ValueError(f"{file} has no records.")
     return questions
-
-
-def is_missing(value: Any) -> bool:
-    """Whether a field holds nothing: null, or the NaN of a table."""
-    return value is None or value != value
 
 
 def fingerprint_of(questions: list[Question]) -> str:

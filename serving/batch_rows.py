@@ -12,6 +12,7 @@ import fsspec
 from PIL import Image, UnidentifiedImageError
 
 from m3_conversion.written_numbers import is_missing, parse_number
+from modeling_m3.questions import check_question
 
 
 FIELDS = ("id", "question", "image", "num_visual_tokens")
@@ -76,8 +77,10 @@ def _check_question(question: str, given: Any) -> None:
         raise ValueError(f'The "question" is no text: {question[:80]}')
     if given is None and not question:
         raise ValueError('There is no "question", and no --question.')
-    if not question.strip():
-        raise ValueError('The "question" is empty.')
+    try:
+        check_question(question)
+    except ValueError:
+        raise ValueError('The "question" is empty.') from None
     try:
         question.encode()
     except UnicodeEncodeError as error:

@@ -84,7 +84,7 @@ def test_every_shape_of_image_is_answered_or_told(number, engine, data):  # noqa
     ("record", "error"),
     [
         ({"question": ""}, 'The "question" is empty.'),
-        ({"question": " \n\u3000"}, 'The "question" is empty.'),
+        ({"question": " \n\u3000\u200b"}, 'The "question" is empty.'),
         ({"question": "\ud83d?"}, "holds U+D83D, half of a character"),
         ({"question": ["what?"]}, 'The "question" is no text'),
         ({"question": "<image>"}, "The question contains <image>"),

@@ -1,5 +1,6 @@
 """Records to samples to batches: what is bad and how it is told, how batches are padded and grouped."""
 
+import base64
 import copy
 import json
 import logging
@@ -133,7 +134,7 @@ BAD = {
     "two-marks": (record(question="<image> <image>"), r"has 2 <image> mark\(s\) for 1 image"),
     "no-image": (text_record("<image>\nWhat?"), r"has 1 <image> mark\(s\) for 0 image"),
     "too-large": (record("thin.png"), "A picture of 40000x1 pixels .* too large"),
-    "kind": (record(7), "must be a path or a PIL image, not 7"),
+    "kind": (record(7), "must be a path, a data URI or a PIL image, not 7"),
     "turns": ({"image": "img0_336x336.png"}, "conversations must be a list of turns, not None"),
     "speaker": ({"conversations": [{"from": "robot", "value": ""}]}, "a turn must be"),
 }
@@ -168,6 +169,23 @@ def test_images_is_read_as_image(dataset):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert dataset(named, renamed).modality_lengths[0] == dataset(named, renamed).modality_lengths[1] > 0
+
+
+def test_records_are_read_as_tools_write_them(dataset, tmp_path):
+    content = (IMAGES / "img0_336x336.png").read_bytes()
+    uri = "data:image/png;base64," + base64.b64encode(content).decode()
+    named, missing = record(), text_record()
+    same = [record(uri), record(None, images=["img0_336x336.png"]), record(float("nan"), images="img0_336x336.png")]
+    none = [{**missing, "image": nothing} for nothing in (None, float("nan"), "", [], [None])]
+    samples = dataset(named, missing, *same, *none)
+    for index, expected in [*((i, 0) for i in range(2, 5)), *((i, 1) for i in range(5, 10))]:
+        found = samples.sample(index)
+        assert found.keys() == samples[expected].keys()
+        assert all(torch.equal(found[name], samples[expected][name]) for name in found)
+    with pytest.raises(BadSampleError, match="'data:image/png;base64,AAAA'... cannot be read as a picture"):
+        dataset(record("data:image/png;base64,AAAA")).sample(0)
+    with pytest.raises(BadSampleError, match="there is no picture at"):
+        dataset(record("a\0b.png")).sample(0)
 
 
 def test_a_record_that_the_chat_template_refuses_is_a_bad_one(loaded):

@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import torch
 from PIL import Image
@@ -21,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from m3_conversion.json_files import read_json, read_json_lines
+from m3_conversion.written_numbers import is_missing
 from modeling_m3 import M3LlavaProcessor
 from modeling_m3.visual_tokens import expand_placeholders
 
@@ -65,7 +68,7 @@ class LlavaDataset(Dataset):
     in memory that the workers of a `DataLoader` share.
 
     Args:
-        records: `{"id": ..., "image": path, PIL image or list of them, "conversations": [{"from", "value"}, ...]}`, where
+        records: `{"id": ..., "image": path, data URI, PIL image or list of them, "conversations": [{"from", "value"}, ...]}`, where
             `image` may be `images`; any
             class with `__len__` and `__getitem__`. If it has `modality_lengths`, see there, records are not read for them.
         processor: of the checkpoint.
@@ -221,15 +224,19 @@ class LlavaDataset(Dataset):
         if isinstance(image, Image.Image):
             return image.convert("RGB")
         if not isinstance(image, (str, os.PathLike)):
-            raise ValueError(f"an image must be a path or a PIL image, not {image!r}")
-        path = self.image_folder / image
-        if not path.is_file():
-            raise ValueError(f"there is no picture at {path}")
+            raise ValueError(f"an image must be a path, a data URI or a PIL image, not {image!r}")
+        if is_data_uri := str(image)[:5].lower() == "data:":
+            name = f"{str(image)[:40]!r}..."
+        elif not os.path.isfile(name := self.image_folder / image):
+            raise ValueError(f"there is no picture at {str(name)[:300]}")
         try:
-            with Image.open(path) as opened:
+            with (
+                urlopen(image) if is_data_uri else open(name, "rb") as file,
+                Image.open(BytesIO(file.read())) as opened,
+            ):
                 return opened.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+            raise ValueError(f"{name} cannot be read as a picture: {error}") from error
 
     def _check_length(self, input_ids: list[int]) -> None:
         if self.processor.image_token_id in input_ids[self.max_length :]:
@@ -312,9 +319,13 @@ def _name(index: int, record: Record) -> str:
 
 
 def _images(record: Record) -> list[Any]:
-    """LLaVA's key is `image`; other tools write `images`."""
-    images = record.get("image") or record.get("images") or []
-    return list(images) if isinstance(images, (list, tuple)) else [images]
+    """LLaVA's key is `image`; other tools write `images`, and None, NaN or "" for none."""
+    for name in ("image", "images"):
+        images = record.get(name)
+        images = images if isinstance(images, (list, tuple)) else [images]
+        if found := [image for image in images if not is_missing(image) and image != ""]:
+            return found
+    return []
 
 
 def _modality_length(record: Record) -> int:

@@ -5,16 +5,17 @@ import glob
 import json
 import logging
 import math
+import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from transformers import GenerationConfig
 
@@ -127,14 +128,19 @@ def write_json(file: Path, content: dict) -> None:
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
-    """Raises `ConversionError` if something is at `destination` that a new folder may not replace."""
-    if not destination.exists():
-        return
-    if not destination.is_dir():
-        raise ConversionError(f"{destination} is a file: name a folder to write")
-    if destination.is_mount() or any(path.is_relative_to(destination) for path in (Path.cwd(), Path.home())):
-        raise ConversionError(f"{destination} cannot be replaced by a new folder: name a folder inside it")
-    if any(destination.iterdir()) and not overwrite:
+    """Raises `ConversionError` if something is at `destination` that a new folder may not replace, or it is being written.
+
+    What a run that was killed left beside it is removed, and a folder that it was about to replace put back.
+    """
+    if destination.exists():
+        if not destination.is_dir():
+            raise ConversionError(f"{destination} is a file: name a folder to write")
+        if destination.is_mount() or any(path.is_relative_to(destination) for path in (Path.cwd(), Path.home())):
+            raise ConversionError(f"{destination} cannot be replaced by a new folder: name a folder inside it")
+    if _workplace(destination).exists():
+        with _working(destination):
+            pass
+    if not overwrite and destination.exists() and any(destination.iterdir()):
         raise ConversionError(
             f"{destination} exists and is not empty: name another folder, or pass --overwrite to replace it"
         )
@@ -144,34 +150,95 @@ def check_destination(destination: Path, overwrite: bool) -> None:
 def new_folder(destination: Path, *, overwrite: bool) -> Iterator[Path]:
     """A folder beside `destination` to write into. It takes that name when the block ends well, else it is removed.
 
-    An older folder of that name stays until then. A process that is killed leaves the new one under its hidden name.
+    An older folder of that name stays until then. What a process leaves that is killed, the next one removes.
 
     Raises:
-        ConversionError: something is there already and `overwrite` is not set, or may not be replaced.
+        ConversionError: as `check_destination`.
     """
     destination = destination.resolve()
     check_destination(destination, overwrite)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    partial = destination.with_name(f".{destination.name}.incomplete-{mark}")
-    replaced = destination.with_name(f".{destination.name}.replaced-{mark}")
-    for leftover in destination.parent.glob(f"{glob.escape(f'.{destination.name}.incomplete-')}*"):
-        logger.warning("%s is of a run that was killed, unless one is still running: it can be removed", leftover)
-    partial.mkdir()
-    try:
-        yield partial
+    workplace = _workplace(destination)
+    name = glob.escape(f".{destination.name}.")
+    for leftover in (
+        path for kind in ("incomplete", "replaced") for path in destination.parent.glob(f"{name}{kind}-*")
+    ):
+        if leftover != workplace:
+            logger.warning("%s is not of a run that is known: remove it, unless you need it", leftover)
+    with _working(destination):
+        if not overwrite and destination.exists() and any(destination.iterdir()):
+            raise ConversionError(f"{destination} was written by another process just now: name another folder")
+        (workplace / _NEW).mkdir()
+        yield workplace / _NEW
         if destination.exists():
-            destination.rename(replaced)
-        try:
-            partial.rename(destination)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(destination)
-            raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
+            destination.rename(workplace / _REPLACED)
+        (workplace / _NEW).rename(destination)
+
+
+# A folder is written in another one beside it, under a name of ours: with a lock, which tells a process that was killed from
+# one that runs; the new folder; and for a moment the one that is replaced.
+_LOCK, _NEW, _REPLACED = ".m3-writes-here", "new", "replaced"
+
+
+def _workplace(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}.incomplete-m3")
+
+
+@contextmanager
+def _working(destination: Path) -> Iterator[None]:
+    """Has the workplace of a destination for this process alone. It is gone when the block ends, however it ends.
+
+    Raises:
+        ConversionError: another process has it, or it is not ours.
+    """
+    workplace = _workplace(destination)
+    if workplace.exists() and not (workplace / _LOCK).exists() and any(workplace.iterdir()):
+        raise ConversionError(f"{workplace} is in the way, and was not made here: move it away")
+    lock = FileLock(workplace / _LOCK)
+    try:
+        _acquire(lock, workplace, destination)
+        _settle(workplace, destination)
+        yield
+    finally:
+        with suppress(Timeout, FileNotFoundError):
+            lock.acquire(timeout=0)  # where a signal came before it was, what was made for it is removed, too
+        if lock.is_locked:
+            try:
+                _settle(workplace, destination)
+                (workplace / _LOCK).unlink()
+                workplace.rmdir()
+            finally:
+                lock.release(force=True)
+
+
+def _acquire(lock: FileLock, workplace: Path, destination: Path) -> None:
+    while True:
+        workplace.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # who has it may be done, and remove it, at any time
+            (workplace / _LOCK).touch()
+            before = (workplace / _LOCK).stat()
+            try:
+                lock.acquire(timeout=0)
+            except Timeout as error:
+                raise ConversionError(
+                    f"{destination} is being written by another process: wait until it is done, or name another folder"
+                ) from error
+            if os.path.samestat(before, (workplace / _LOCK).stat()):
+                return
+        lock.release()
+
+
+def _settle(workplace: Path, destination: Path) -> None:
+    """Removes what a run has left, but puts back a folder that it was about to replace."""
+    new, replaced = workplace / _NEW, workplace / _REPLACED
+    if replaced.exists() and not destination.exists():
+        replaced.rename(destination)
+    if replaced.exists() and new.exists():
+        raise ConversionError(
+            f"{replaced} is what {destination} was before a run that was killed, and both are there: move one of them away"
+        )
+    for folder in (new, replaced):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_safetensors(file: Path, tensors: list[PlannedTensor], progress: Callable[[int], object]) -> None:

@@ -22,7 +22,7 @@ from conversion_checkpoints import (
     run,
     store,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from m3_conversion.convert import convert
 from m3_conversion.original import ConversionError
@@ -320,13 +320,6 @@ def test_weights_that_shrink_while_they_are_read(tmp_path):
         list(tensor.chunks())
 
 
-def test_leftovers_of_a_killed_run(tmp_path, capsys):
-    (tmp_path / ".new.incomplete-01234567").mkdir()
-    assert run(GOLDENS / "llava-next-m3", tmp_path / "new") == 0
-    assert ".new.incomplete-01234567" in capsys.readouterr().err
-    assert (tmp_path / "new" / "config.json").exists()
-
-
 def start(script: str, *arguments: object, **options) -> subprocess.Popen:
     """A Python process that can import the code under test and has the command's arguments."""
     paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
@@ -412,40 +405,46 @@ def test_stopped(number, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(tmp_path):
-    """Whenever a conversion is killed, its folder is whole or not there; an older one is there until then."""
+def test_killed_at_any_step_the_same_command_ends_as_if_it_had_not_been(tmp_path):
+    """A step is whatever it does in the file system; every file is the same in the end, and nothing else is left."""
     source = copy_golden("llava-next-m3", tmp_path)
-    # Children are forked after the imports, so that the kills fall into the conversion and not into these.
+    # Children are forked after the imports. The first one tells how many steps there are.
     script = """
-import os, random, signal
+import os, signal
 source, folder, *_ = sys.argv[1:]
-random.seed(0)
-for i in range(16):
-    start = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        os._exit(main([source, f"{folder}/{i}"]))
-    if i:
-        time.sleep(random.uniform(0, 1.1 * whole))
-        os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    whole = time.monotonic() - start if i == 0 else whole
+def child(number, stop):
+    process = os.fork()
+    if process == 0:
+        steps = 0
+        def watch(event, arguments):
+            nonlocal steps
+            if event.startswith(("open", "os.", "shutil.")) and folder in str(arguments):
+                steps += 1
+                if steps == stop:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(watch)
+        status = main([source, f"{folder}/{number}/made"])
+        print("steps", steps, flush=True)
+        os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+assert child(0, None) == 0
+steps = int(input())
+for i in range(1, 9):
+    assert child(i, steps * i // 9) == -signal.SIGKILL, i
+    print("killed", sorted(os.listdir(f"{folder}/{i}")) if os.path.exists(f"{folder}/{i}") else [], flush=True)
+    assert child(i, None) == 0, i
 """
     folder = tmp_path / "many"
     folder.mkdir()
-    process = start(SLOW + script, source, folder)
-    _, error = process.communicate(timeout=120)
+    process = start(script, source, folder, stdin=subprocess.PIPE)
+    steps = next(line for line in process.stdout if line.startswith("steps"))
+    output, error = process.communicate(steps.split()[1] + "\n", timeout=120)
     assert process.returncode == 0, error
-    reference = {path.name: path.stat().st_size for path in (folder / "0").iterdir()}
-    finished = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    partial = [path for path in folder.iterdir() if path.name.startswith(".")]
-    assert len(finished) < 16
-    assert partial, "no kill fell into the writing"
-    for path in finished:
-        files = {file.name: file.stat().st_size for file in path.iterdir()}
-        assert files.pop("README.md") and files.keys() == reference.keys() - {"README.md"}
-        assert all(files[name] == reference[name] for name in files)
-        load_file(path / "model.safetensors")
+    assert output.count("['.made.incomplete-m3']") > 5
+    expected = {file.name: file.read_bytes() for file in (folder / "0" / "made").iterdir()}
+    for number in range(9):
+        assert [path.name for path in (folder / str(number)).iterdir()] == ["made"]
+        assert {file.name: file.read_bytes() for file in (folder / str(number) / "made").iterdir()} == expected
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ class OnnxM3:
         pad = self.generation_config.pad_token_id
         pad = pad if pad is not None else ends[0] if ends else 0
         visual_tokens = np.concatenate([*self.get_visual_tokens(inputs), self._no_visual_tokens()])
-        context = getattr(self.config.text_config, "max_position_embeddings", None)
+        context = self.config.context_length
         if context is not None and mask.sum(1).max() > context:
             raise ValueError(
                 f"A prompt has {mask.sum(1).max()} tokens, more than the language model's context of {context}: give a smaller "

@@ -8,12 +8,15 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import constants, snapshot_download
 from safetensors import SafetensorError, safe_open
+
+from . import json_files
 
 
 CHUNK_BYTES = 1 << 20  # as fast as larger ones, and small beside what Python and torch take themselves
@@ -29,7 +32,7 @@ WEIGHT_FILES = (
 PROJECTOR_FILE = "mm_projector.bin"
 _SMALL_WEIGHTS = ("adapter_model.*", "non_lora_trainables.bin", PROJECTOR_FILE)
 _LARGE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # many repositories hold both
-_POINTER = "version https://git-lfs"  # how a file of Git LFS begins where its content was not fetched
+_POINTER = b"version https://git-lfs"  # how a file of Git LFS begins where its content was not fetched
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -131,6 +134,18 @@ class HeldTensor(StoredTensor):
         yield from self.tensor.contiguous().flatten().split(step)
 
 
+def check_name(name: object, what: str = "a checkpoint's folder or its Hub id") -> None:
+    """Raises `ConversionError` for what names nothing: "" would be the folder one is in, and None a repository called so."""
+    if not isinstance(name, str | PathLike) or not str(name).strip():
+        raise ConversionError(f"{name!r} is no name: give {what}")
+
+
+def same_values(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two tensors hold the same, in the same type. Raises as `StoredTensor.chunks` does."""
+    pairs = zip(first.chunks(), second.chunks())
+    return (first.shape, first.dtype) == (second.shape, second.dtype) and all(torch.equal(*pair) for pair in pairs)
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a repository of the Hub may be called so: of a model of today's kind, which has an owner."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
@@ -142,6 +157,7 @@ def local_folder(name: str | Path, *, weights: bool = True, revision: str | None
     Raises:
         ConversionError: there is no such folder and the Hub does not have it, or cannot be reached.
     """
+    check_name(name)
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists():
@@ -178,24 +194,22 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         ConversionError: the file is missing, is not valid JSON, or does not hold an object.
     """
+    if not file.exists():
+        raise ConversionError(f"{file} is missing: is {file.parent} a whole checkpoint folder?")
+    with open(file, "rb") as opened:
+        check_content(file, opened.read(len(_POINTER)))
     try:
-        text = file.read_text(encoding="utf-8")
-        check_content(file, text)
-        content = json.loads(text)
-    except FileNotFoundError as error:
-        raise ConversionError(f"{file} is missing: is {file.parent} a whole checkpoint folder?") from error
-    except ConversionError:
-        raise
-    except ValueError as error:  # also text that is not UTF-8
-        raise ConversionError(f"{file} is not valid JSON ({error}): download or copy it again") from error
+        content = json_files.read_json(file)
+    except ValueError as error:
+        raise ConversionError(f"{str(error).rstrip('.')}: download or copy it again") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{file} holds a {type(content).__name__}, not an object: download or copy it again")
     return content
 
 
-def check_content(file: Path, content: str | bytes) -> None:
+def check_content(file: Path, content: bytes) -> None:
     """Raises `ConversionError` for a file, or its beginning, whose content git left where it came from."""
-    if content.startswith(_POINTER if isinstance(content, str) else _POINTER.encode()):
+    if content.startswith(_POINTER):
         raise ConversionError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in {file.parent}")
 
 

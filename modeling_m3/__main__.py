@@ -155,7 +155,7 @@ def ask(
     if model is None and not quiet:
         print(f"m3-ask: {M3_TINY}", file=sys.stderr)
     try:
-        name = model or modeling_m3.default_checkpoint()
+        name = modeling_m3.default_checkpoint() if model is None else model
         from m3_conversion.written_numbers import parse_number
 
         number = parse_number(num_visual_tokens, "--num-visual-tokens")
@@ -286,8 +286,8 @@ def _ask(
     for scale in [*scales, *([AUTO] if len(scales) > 1 else [])]:
         inputs = prepare(scale, medium, {})
         tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
-        context = model.config.text_config.max_position_embeddings
-        if scale != AUTO and inputs["input_ids"].shape[1] > context:
+        context = model.config.context_length
+        if scale != AUTO and context is not None and inputs["input_ids"].shape[1] > context:
             print(f"{tokens:>13}  more than the language model's context of {context} tokens")
             continue
         shown = {"encoded_images": encoded}

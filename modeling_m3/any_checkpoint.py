@@ -92,6 +92,9 @@ def find(
 
     Who needs the folder and the model finds once and loads what was found: another call, with other arguments, may convert again.
     """
+    from m3_conversion.original import check_name
+
+    check_name(name)
     dtype = _type(dtype)
     if Path(name).is_dir():
         if revision is not None:

@@ -252,6 +252,8 @@ class M3LlavaAutomaticBudgetMixin:
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if kwargs.get("output_loading_info") else loaded
+        if (args[0] if args else kwargs.get("pretrained_model_name_or_path")) is None:
+            return loaded  # of weights in memory: there is no folder to look into
         places = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
         found = {name: kwargs[name] for name in places if kwargs.get(name) is not None}
         if getattr(model.config, "_commit_hash", None) is not None:

@@ -3,7 +3,6 @@
 Not part of a checkpoint: no file that travels with one imports this.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,15 @@ from .configuration_m3 import M3LlavaConfig
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of a checkpoint's `config.json`. Raises `ValueError` where there is none, or it cannot be read."""
+    from m3_conversion.json_files import read_json  # the package is imported without the conversion
+
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} is not a checkpoint: it has no config.json.")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds a {type(config).__name__}, not an object: download or copy it again.")
+    return config
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Configuration of M3: a LLaVA model (vision tower, projector, language model) whose visual tokens come in nested scales."""
 
+import os
 from typing import Any
 
 from transformers import AutoConfig
@@ -31,6 +32,10 @@ from .visual_tokens import (
     split_tiles,
     tile_grid,
 )
+
+
+# What families of language models call the number of positions that they have.
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 # trf-ignore: TRF057 - auto_docstring knows only models in transformers' own tree: here it writes "configuration of a None"
@@ -128,7 +133,12 @@ class M3LlavaConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """As in transformers. Raises `ValueError` for the folder of another model, of which transformers would only warn."""
+        """As in transformers.
+
+        Raises `ValueError` for the folder of another model, of which transformers would only warn, and for what names nothing:
+        for None, it would ask the Hub for a repository called "None".
+        """
+        check_name(pretrained_model_name_or_path)
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config.get("model_type", cls.model_type)
         if model_type != cls.model_type:
@@ -168,6 +178,12 @@ class M3LlavaConfig(PreTrainedConfig):
                 f"image_sizes has {len(sizes)} rows for {len(grids)} image(s): pass one (height, width) each."
             )
         return tiles, [self.image_layout(*facts) for facts in zip(grids, sizes or [None] * len(grids))]
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of the longest prompt that the language model has positions for; `None` where it knows no limit."""
+        named = (getattr(self.text_config, name, None) for name in CONTEXT_NAMES)
+        return next((value for value in named if type(value) is int and value > 0), None)
 
     @property
     def grid_side(self) -> int:
@@ -216,6 +232,12 @@ class M3LlavaConfig(PreTrainedConfig):
                 f"multimodal_projector_depth={self.multimodal_projector_depth}: it must be 1 or more, or 0 (identity) "
                 f"where vision tower and language model have the same hidden size (here {sizes[0]} and {sizes[1]})."
             )
+
+
+def check_name(name: Any) -> None:
+    """Raises `ValueError` for what is neither the name of a folder nor an id on the Hub."""
+    if not isinstance(name, (str, os.PathLike)) or not str(name).strip():
+        raise ValueError(f"{name!r} names no checkpoint: give its folder, or its id on the Hub.")
 
 
 def _sub_config(config: dict | PreTrainedConfig | None, model_type: str, **defaults) -> PreTrainedConfig:

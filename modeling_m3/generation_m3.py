@@ -105,7 +105,7 @@ class M3LlavaGenerationMixin(GenerationMixin):
     def _check_context(self, input_ids: Any, encoded: M3LlavaEncodedImages | None, kwargs: dict[str, Any]) -> None:
         """Raises `ValueError` for prompts with images that are longer than the language model's context, before they are
         encoded: many frames are soon too many. It names the numbers of visual tokens at which they would fit."""
-        context = getattr(self.config.text_config, "max_position_embeddings", None)
+        context = self.config.context_length
         if input_ids is None or input_ids.ndim != 2 or context is None or input_ids.shape[1] <= context:
             return
         rope = getattr(self.config.text_config, "rope_parameters", None) or {}

@@ -24,6 +24,8 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
+from .configuration_m3 import check_name
+
 
 logger = logging.get_logger(__name__)
 
@@ -45,6 +47,9 @@ class M3LlavaLoadingMixin:
 
     @classmethod
     def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+        name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if name is not None:  # of weights in memory, which are given beside a configuration
+            check_name(name)
         _check_devices(kwargs.get("device_map"))
         if isinstance(kwargs.get("device_map"), dict):
             kwargs["device_map"] = _newline_in_memory(kwargs["device_map"])

@@ -24,6 +24,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .chats import NUMBER, take_options, videos_as_images
+from .configuration_m3 import check_name
 from .pictures import open_pictures
 from .video_processing_m3 import VIDEO_MARK, VideoProcessingMixin
 from .visual_tokens import (
@@ -219,6 +220,12 @@ class M3LlavaProcessor(VideoProcessingMixin, ProcessorMixin):
         if text is not None:
             text = self._begin_once(text, kwargs)
         return super().__call__(images=images, text=text, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in transformers. Raises `ValueError` for what names nothing."""
+        check_name(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def tokenize_prompts(self, prompts: list[str]) -> list[list[int]]:
         """The token ids of prompts as a call makes them, but with one mark for each image in place of its placeholders."""

@@ -90,7 +90,7 @@ class Engine(Protocol):
     """Answers prompts that fit."""
 
     processor: modeling_m3.M3LlavaProcessor
-    context: int
+    context: int | None
 
     def answer(self, prompts: list[_Prompt]) -> list[Result]: ...
 
@@ -192,9 +192,9 @@ def _prepared(
         spent = sum(processor._get_num_multimodal_tokens(sizes, num_visual_tokens=counted).num_image_tokens)
     except Exception as error:  # of this row's question or pictures; it is told in the row
         return _refused(error)
-    length, room = len(ids) - len(pictures) + spent, engine.context - settings.max_new_tokens
+    length = len(ids) - len(pictures) + spent
     prompt = _Prompt(0, numbers, ids, text, pictures, spent)
-    if length > room:
+    if engine.context is not None and length > (room := engine.context - settings.max_new_tokens):
         at = f" at num_visual_tokens={prompt.kind}" if pictures else ""
         return Result(
             error=f"The prompt has {length} tokens{at}; {room} fit, of a context of {engine.context} and "
@@ -230,7 +230,7 @@ class GenerateEngine:
         device = {name: value for name, value in settings.loading.items() if name == "device_map"}
         self.model, self.processor = (checkpoint or settings.find()).load(**device)
         self.model.eval()
-        self.context = self.model.config.text_config.max_position_embeddings
+        self.context = self.model.config.context_length
         self.ends = _ends(self.model.generation_config)
 
     @torch.no_grad()

@@ -78,7 +78,8 @@ class LocalModel:
             package.addHandler(notices)
         previous = transformers_logging.set_tqdm_hook(lambda factory, args, kwargs: _Bar(*args, tell=tell, **kwargs))
         try:
-            found = find(self.checkpoint or modeling_m3.default_checkpoint(), **self.options)
+            named = modeling_m3.default_checkpoint() if self.checkpoint is None else self.checkpoint
+            found = find(named, **self.options)
             self.model, self.processor = found.load(device_map=self.device)
         finally:
             transformers_logging.set_tqdm_hook(previous)
@@ -96,7 +97,8 @@ class LocalModel:
         quantized = getattr(self.config, "quantization_config", None)
         if bits := [bits for bits in (4, 8) if getattr(quantized, f"load_in_{bits}bit", False)]:
             precision += f" with a language model in {bits[0]} bits"
-        context = f"context of {self.config.text_config.max_position_embeddings:,} tokens"
+        length = self.config.context_length
+        context = "context of any length" if length is None else f"context of {length:,} tokens"
         self.facts = f"{size} parameters, {precision}, on {self.model.device}, {context}"
         tell("Warming up", None)  # the first call is slower
         blank = Picture(Image.new("RGB", (64, 64)), "blank", self.scales[0], "blank")

@@ -107,7 +107,7 @@ def _license_of(source: Path) -> str | None:
     if not file.exists():
         return None
     try:
-        return ModelCard(file.read_text(encoding="utf-8")).data.to_dict().get("license")
+        return ModelCard(file.read_text(encoding="utf-8-sig")).data.to_dict().get("license")
     except (ValueError, yaml.YAMLError) as error:
         raise ConversionError(f"{file}: its metadata cannot be read ({error}): correct or remove it") from error
 

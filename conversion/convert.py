@@ -16,9 +16,10 @@ from .from_original import read_original
 from .from_transformers import Tiling, is_transformers_layout, read_transformers
 from .lora import is_adapter
 from .mapping import OPTIONAL_NAMES, VOCABULARY_NAMES, original_keys, remap_key
-from .original import ConversionError, StoredTensor, local_folder, read_json
+from .original import ConversionError, StoredTensor, check_name, local_folder, read_json
 from .quantization import Quantization, quantization_config, quantize_plan
 from .source import Source, naming
+from .whole import check_chat, check_weights, expected_shapes
 from .writer import (
     WEIGHT_DTYPES,
     PlannedTensor,
@@ -90,6 +91,7 @@ def convert(
         OSError: a file that cannot be read or written.
     """
     start = time.monotonic()
+    check_name(destination, "the folder to write")
     destination = Path(destination).resolve()
     check_destination(destination, overwrite)  # before a download that may take an hour
     folder = local_folder(source, revision=revision)
@@ -168,6 +170,8 @@ def write_checkpoint(
             files = write_weights(partial, tensors, max_shard_size, bar.update)
         with naming(partial):
             write_other_files(partial, source.config, source.processor, source.generation_config, card)
+        check_weights(partial, source.config)
+        check_chat(partial)
         if check is not None:
             check(partial)
     return files
@@ -181,11 +185,8 @@ def plan(source: Source, dtype: torch.dtype | None, config_file: Path) -> tuple[
     Raises:
         ConversionError: an unknown or missing key, or a shape that disagrees with the config.
     """
-    with naming(config_file), torch.device("meta"):
-        model = M3LlavaForConditionalGeneration(source.config)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    if source.config.tie_word_embeddings:
-        del expected["lm_head.weight"]
+    with naming(config_file):
+        expected = expected_shapes(source.config)
     planned: dict[str, PlannedTensor] = {}
     for tensors, table in source.tensors:
         for name, tensor in _remapped(tensors, table):
@@ -205,9 +206,12 @@ def plan(source: Source, dtype: torch.dtype | None, config_file: Path) -> tuple[
     for name in (name for name in expected if name not in planned):
         tensors, table = next(s for s in reversed(source.tensors) if original_keys(name, s[1]))
         folder = next((tensor.file.parent for tensor in tensors.values()), config_file.parent)
+        advice = "is the checkpoint whole?"
+        if name == VOCABULARY_NAMES[1]:
+            advice += " Where its head is its embedding, set tie_word_embeddings to true"
         raise ConversionError(
             f"{folder}: {' or '.join(original_keys(name, table))} is missing from the weights, but {config_file} asks for it: "
-            "is the checkpoint whole?"
+            f"{advice}"
         )
     num_dropped = sum(len(tensors) for tensors, _ in source.tensors) - len(planned)
     in_file_order = sorted(planned.values(), key=lambda tensor: (str(tensor.source.file), tensor.source.offset or 0))

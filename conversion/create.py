@@ -16,6 +16,7 @@ from .language_model import (
     build_language_processing,
     check_chats,
     check_same,
+    is_tied,
     language_tensors,
     load_reference,
     own_generation_config,
@@ -24,7 +25,7 @@ from .language_model import (
     read_language_model,
     stored_dtype,
 )
-from .original import HeldTensor, StoredTensor
+from .original import HeldTensor, StoredTensor, check_name
 from .source import Source, build_processor, naming
 from .vision import SomeTower, read_tower
 from .writer import check_destination
@@ -74,67 +75,70 @@ def create(
         OSError: a file that cannot be read or written.
     """
     start = time.monotonic()
+    check_name(destination, "the folder to write")
     destination = Path(destination).resolve()
     check_destination(destination, overwrite)
     tower = read_tower(vision_tower)
-    language = read_language_model(language_model)
-    check_apart(destination, tower.folder, language.folder if language.gguf_file is None else language.file)
-    tokenizer, template, own = build_language_processing(language, chat_template)
-    image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
-    layer = tower.layer if vision_feature_layer is None else vision_feature_layer
-    config = _config(tower, language, image_token_id, layer, scales, anyres)
-    with naming(tower.folder):
-        processor = build_processor(config, tokenizer, template, do_pad=not anyres, **tower.preprocessing)
-    if chat_template is None:
-        check_chats(language, processor, own)
+    with read_language_model(language_model) as language:
+        check_apart(destination, tower.folder, language.folder if language.gguf_file is None else language.file)
+        tokenizer, template, own = build_language_processing(language, chat_template)
+        image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
+        layer = tower.layer if vision_feature_layer is None else vision_feature_layer
+        config = _config(tower, language, image_token_id, layer, scales, anyres)
+        with naming(tower.folder):
+            processor = build_processor(config, tokenizer, template, do_pad=not anyres, **tower.preprocessing)
+        if chat_template is None:
+            check_chats(language, processor, own)
 
-    dtype = dtype or stored_dtype(language)
-    reference = load_reference(language, dtype)
-    ids = probe_ids(own)
-    with naming(language.file):
-        expected = probe(reference, ids)
-    tensors = language_tensors(language, reference)
-    generation_config = own_generation_config(reference, tokenizer)
-    del reference
-    new = _new_weights(config, destination, seed)
-    source = Source(
-        config=config,
-        tensors=[
-            (tower.tensors, tower.table),
-            (tensors, {name: name for name in tensors}),
-            (new, {name: name for name in new}),
-        ],
-        rows=language.config.vocab_size,
-        processor=processor,
-        generation_config=generation_config,
-        folders=(tower.folder, language.folder),
-    )
-    planned, num_dropped = plan(source, dtype, language.file)
-    config.architectures = [M3LlavaForConditionalGeneration.__name__]
-    for part in (config, config.vision_config, config.text_config):
-        part.dtype = dtype
-    parts = (_shown(vision_tower), _shown(language_model))
-    card = model_card(
-        destination.name,
-        parts[1],
-        config,
-        trained_for_scales=False,
-        source=language.folder,
-        license=license,
-        parts=parts,
-    )
+        dtype = dtype or stored_dtype(language)
+        reference = load_reference(language, dtype)
+        ids = probe_ids(own)
+        with naming(language.file):
+            expected = probe(reference, ids)
+        if config.tie_word_embeddings and not is_tied(reference):
+            config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+        tensors = language_tensors(language, reference)
+        generation_config = own_generation_config(language, reference, tokenizer)
+        del reference
+        new = _new_weights(config, destination, seed)
+        source = Source(
+            config=config,
+            tensors=[
+                (tower.tensors, tower.table),
+                (tensors, {name: name for name in tensors}),
+                (new, {name: name for name in new}),
+            ],
+            rows=language.config.vocab_size,
+            processor=processor,
+            generation_config=generation_config,
+            folders=(tower.folder, language.folder),
+        )
+        planned, num_dropped = plan(source, dtype, language.file)
+        config.architectures = [M3LlavaForConditionalGeneration.__name__]
+        for part in (config, config.vision_config, config.text_config):
+            part.dtype = dtype
+        parts = (_shown(vision_tower), _shown(language_model))
+        card = model_card(
+            destination.name,
+            parts[1],
+            config,
+            trained_for_scales=False,
+            source=language.folder,
+            license=license,
+            parts=parts,
+        )
 
-    def check(folder: Path) -> None:
-        with naming(folder):
-            model = M3LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
-            found = probe(model, ids)
-        check_same(language, expected, found)
+        def check(folder: Path) -> None:
+            with naming(folder):
+                model = M3LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+                found = probe(model, ids)
+            check_same(language, expected, found)
 
-    files = write_checkpoint(
-        destination, source, planned, card, max_shard_size=max_shard_size, overwrite=overwrite, check=check
-    )
-    nbytes = sum(tensor.nbytes for tensor in planned)
-    return Conversion(destination, len(planned), num_dropped, nbytes, len(files), time.monotonic() - start)
+        files = write_checkpoint(
+            destination, source, planned, card, max_shard_size=max_shard_size, overwrite=overwrite, check=check
+        )
+        nbytes = sum(tensor.nbytes for tensor in planned)
+        return Conversion(destination, len(planned), num_dropped, nbytes, len(files), time.monotonic() - start)
 
 
 def _config(

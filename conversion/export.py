@@ -17,7 +17,7 @@ from modeling_m3.outputs_m3 import CACHE_NAME
 
 from .exported_graphs import check_exportable, write_language, write_vision
 from .onnx_answers import LANGUAGE, NEWLINE, VISION, OnnxM3
-from .original import ConversionError, local_folder, stored_tensors
+from .original import ConversionError, check_name, local_folder, stored_tensors
 from .source import naming
 from .writer import new_folder, write_other_files
 
@@ -78,6 +78,7 @@ def export(
         OSError: a file that cannot be read or written.
     """
     start = time.monotonic()
+    check_name(destination, "the folder to write")
     destination = Path(destination).resolve()
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise ConversionError(f"{destination} exists: name a folder that is new")

@@ -16,6 +16,7 @@ from .mapping import (
     CHECKPOINT_VISION_PREFIX,
     CLIP_KEYS,
     EMBEDDING_KEY,
+    HEAD_KEY,
     translate_config,
     unknown_settings,
 )
@@ -27,6 +28,7 @@ from .original import (
     has_model_weights,
     local_folder,
     read_json,
+    same_values,
     stored_tensors,
     unwrapped,
 )
@@ -72,6 +74,14 @@ def read_original(
     rows = _check_vocabulary(original, checkpoint, tokenizer, folder)
     with naming(config_file):
         config = M3LlavaConfig(**_with_vocabulary(arguments, tokenizer, rows), vision_config=vision.config)
+    head = checkpoint.get(HEAD_KEY)
+    if config.tie_word_embeddings and head is not None and not same_values(head, checkpoint[EMBEDDING_KEY]):
+        # The original's loader ties after it has read the weights (`load_pretrained_model`, by `low_cpu_mem_usage`).
+        logger.warning(
+            "%s: tie_word_embeddings is true, so that %s, which has values of its own, is left out",
+            config_file,
+            HEAD_KEY,
+        )
     config.trained_scales = config.visual_token_scales
     if not original.get("matryoshka_vis_token_scale"):
         config.trained_scales = [max(config.visual_token_scales)]
@@ -87,7 +97,7 @@ def read_original(
         tensors=tensors,
         rows=rows,
         processor=processor,
-        generation_config=generation_config(original, base, tokenizer, template),
+        generation_config=generation_config(original, base, tokenizer, template, config.text_config.vocab_size),
         folders=(folder, base, vision.folder),
     )
 

@@ -1,5 +1,6 @@
 """A checkpoint of transformers' own LLaVA or LLaVA-NeXT as a `Source`, in the layouts that releases from 4.36 on save."""
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +13,13 @@ from modeling_m3.visual_tokens import check_pinpoints
 from .chat_templates import chat_template_for, choose_chat_template
 from .lora import merge_adapter
 from .mapping import TRANSFORMERS_KEYS, VOCABULARY_NAMES, remap_key
-from .original import ConversionError, StoredTensor, check_content, read_json, stored_tensors, unwrapped
+from .original import ConversionError, StoredTensor, check_content, read_json, same_values, stored_tensors, unwrapped
+from .plain_text import plain_text
 from .source import Source, build_processor, generation_config, naming
 from .vision import preprocessing_arguments, read_preprocessing
 
+
+logger = logging.getLogger(__name__)
 
 Tiling = Literal["original", "transformers"]
 MODEL_TYPES = ("llava", "llava_next")
@@ -47,8 +51,8 @@ def read_transformers(
     config_file = folder / "config.json"
     given = read_json(config_file)
     _check_kind(given, config_file)
-    with naming(config_file):
-        theirs = AutoConfig.from_pretrained(folder)
+    with naming(config_file), plain_text(folder) as plain:
+        theirs = AutoConfig.from_pretrained(plain)
     prefixes = ("language_model.model.", "model.language_model.")
     strategy = theirs.vision_feature_select_strategy
     if theirs.vision_config.model_type == "siglip_vision_model":
@@ -57,12 +61,12 @@ def read_transformers(
     table: dict[str, str | None] = TRANSFORMERS_KEYS
     if adapter is not None:
         tensors, table = _with_adapter(tensors, folder, adapter)
-    names = {_name(key) for key in tensors}
+    ties = _ties(theirs, tensors, folder)
     pinpoints = _pinpoints(theirs, tiling)
     with naming(config_file):
         config = M3LlavaConfig(
             vision_config=theirs.vision_config.to_dict(),
-            text_config=theirs.text_config.to_dict(),
+            text_config={**theirs.text_config.to_dict(), "tie_word_embeddings": ties},
             image_token_id=theirs.image_token_id,
             vision_feature_layer=theirs.vision_feature_layer,
             vision_feature_select_strategy=strategy,
@@ -70,16 +74,16 @@ def read_transformers(
             multimodal_projector_bias=getattr(theirs, "multimodal_projector_bias", True),
             image_grid_pinpoints=pinpoints,
             patch_merge_type="flat" if pinpoints is None else "spatial_unpad",
-            tie_word_embeddings=theirs.tie_word_embeddings or VOCABULARY_NAMES[1] not in names,
+            tie_word_embeddings=ties,
         )
     config.trained_scales = [max(config.visual_token_scales)]
     for file in (folder / file_name for file_name in _TOKENIZER_FILES):
         if file.is_file():
             with open(file, "rb") as opened:
                 check_content(file, opened.read(100))
-    with naming(folder):
-        own = AutoProcessor.from_pretrained(folder)
-        tokenizer = _tokenizer(own.tokenizer, config, config_file)
+    with naming(folder), plain_text(folder) as plain:
+        own = AutoProcessor.from_pretrained(plain)
+        tokenizer = _tokenizer(own.tokenizer, str(own.image_token), config, config_file)
         template = None if chat_template else getattr(own, "chat_template", None) or own.tokenizer.chat_template
         if not isinstance(template, str):  # old releases stored none
             template = chat_template_for(tokenizer, chat_template or _chosen(config, name))
@@ -89,7 +93,9 @@ def read_transformers(
         tensors=[(tensors, table)],
         rows=config.text_config.vocab_size,
         processor=processor,
-        generation_config=generation_config(theirs.text_config.to_dict(), folder, tokenizer, chat_template or ""),
+        generation_config=generation_config(
+            theirs.text_config.to_dict(), folder, tokenizer, chat_template or "", config.text_config.vocab_size
+        ),
         folders=(folder, adapter),
     )
 
@@ -136,6 +142,19 @@ def _name(key: str) -> str | None:
         return key  # the plan names it
 
 
+def _ties(config: PreTrainedConfig, tensors: dict[str, StoredTensor], folder: Path) -> bool:
+    """Whether head and embedding are one: not where both are stored with other values, as transformers loads them."""
+    named = {_name(key): tensor for key, tensor in tensors.items()}
+    if not (config.tie_word_embeddings or getattr(config.text_config, "tie_word_embeddings", False)):
+        return False
+    if named.keys() >= {*VOCABULARY_NAMES} and not same_values(*(named[name] for name in VOCABULARY_NAMES)):
+        logger.warning(
+            "%s: tie_word_embeddings is true, but lm_head.weight has values of its own: they are kept", folder
+        )
+        return False
+    return True
+
+
 def _with_adapter(
     tensors: dict[str, StoredTensor], folder: Path, adapter: Path
 ) -> tuple[dict[str, StoredTensor], dict[str, str | None]]:
@@ -166,16 +185,35 @@ def _preprocessing(folder: Path, config: M3LlavaConfig) -> dict[str, Any]:
     return {"crop_size": {"height": side, "width": side}, **found}
 
 
-def _tokenizer(own: PreTrainedTokenizerBase, config: M3LlavaConfig, file: Path) -> PreTrainedTokenizerFast:
+def _tokenizer(
+    own: PreTrainedTokenizerBase, image_token: str, config: M3LlavaConfig, file: Path
+) -> PreTrainedTokenizerFast:
     """The checkpoint's own, without what its class would make of it anew."""
     if not own.is_fast:
         raise ConversionError(f"{file.parent}: its tokenizer is a {type(own).__name__}, of which there is no fast one")
-    image_token = own.convert_ids_to_tokens(config.image_token_id)
-    if image_token is None:
+    if config.image_token_id < 0 or own.convert_ids_to_tokens(config.image_token_id) is None:
         raise ConversionError(
             f"{file}: image_token_index is {config.image_token_id}, but the tokenizer has no such token: correct either"
         )
+    image_token_id = own.get_vocab().get(image_token)
+    if image_token_id is None:
+        raise ConversionError(
+            f"{file.parent}: its processor writes {image_token!r} for a picture, which the tokenizer has no token for: use the "
+            "tokenizer files of this checkpoint"
+        )
+    if image_token_id != config.image_token_id:
+        raise ConversionError(
+            f"{file}: image_token_index is {config.image_token_id}, but its processor writes {image_token!r} for a picture, "
+            f"which the tokenizer has as {image_token_id}: set it to {image_token_id}, or use the tokenizer files of this checkpoint"
+        )
+    if image_token_id >= config.text_config.vocab_size:
+        raise ConversionError(
+            f"{file}: image_token_index is {image_token_id}, but the embedding has {config.text_config.vocab_size} rows: use the "
+            "tokenizer files of this checkpoint"
+        )
     named = {name: str(token) for name, token in own.special_tokens_map.items() if isinstance(token, str)}
+    if (padding := named.get("unk_token") or named.get("eos_token")) is not None:
+        named.setdefault("pad_token", padding)  # as LLaVA pads
     return PreTrainedTokenizerFast(
         tokenizer_object=own.backend_tokenizer,
         **{

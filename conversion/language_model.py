@@ -4,6 +4,8 @@ No family is known here by name. What differs is asked of transformers' own clas
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from modeling_m3.outputs_m3 import CACHE_NAME
 
 from .chat_templates import chat_template_for, with_image_marks
+from .generation_settings import SAMPLING, sampling, storable, token_ids
 from .mapping import VOCABULARY_NAMES
-from .original import ConversionError, HeldTensor, StoredTensor, is_hub_id, local_folder, read_json, stored_tensors
+from .original import (
+    ConversionError,
+    HeldTensor,
+    StoredTensor,
+    check_name,
+    is_hub_id,
+    local_folder,
+    read_json,
+    stored_tensors,
+)
+from .plain_text import plain_text
 from .source import naming
 
 
@@ -55,12 +68,14 @@ class LanguageModel:
 
     Attributes:
         folder, gguf_file: where it lies; the second where it is a GGUF file in the folder.
+        readable: the folder as transformers can read it.
         config: its configuration.
         names: of its parameters, as transformers has them, with their names in an M3.
     """
 
     folder: Path
     gguf_file: str | None
+    readable: Path
     config: PreTrainedConfig
     names: dict[str, str]
 
@@ -72,22 +87,26 @@ class LanguageModel:
     @property
     def source(self) -> dict[str, Any]:
         """The arguments of transformers' `from_pretrained`."""
-        given = {"pretrained_model_name_or_path": self.folder}
+        given = {"pretrained_model_name_or_path": self.readable}
         return given if self.gguf_file is None else {**given, "gguf_file": self.gguf_file}
 
 
-def read_language_model(name: str | Path) -> LanguageModel:
-    """Looks at a language model.
+@contextmanager
+def read_language_model(name: str | Path) -> Iterator[LanguageModel]:
+    """A language model that was looked at, and can be loaded as long as the block runs.
 
     Raises:
         ConversionError: it is none, or of a kind that M3 has no place for, by its name.
     """
+    check_name(name)
     folder, gguf_file = _locate(str(name))
+    file = folder / (gguf_file or "config.json")
     if gguf_file is None:
-        _check_kind(read_json(folder / "config.json"), folder / "config.json")
-    with naming(folder / (gguf_file or "config.json")):
-        config = AutoConfig.from_pretrained(folder, **({} if gguf_file is None else {"gguf_file": gguf_file}))
-    return LanguageModel(folder, gguf_file, config, _names(config, folder / (gguf_file or "config.json")))
+        _check_kind(read_json(file), file)
+    with plain_text(folder) if gguf_file is None else nullcontext(folder) as readable:
+        with naming(file):
+            config = AutoConfig.from_pretrained(readable, **({} if gguf_file is None else {"gguf_file": gguf_file}))
+        yield LanguageModel(folder, gguf_file, readable, config, _names(config, file))
 
 
 def load_reference(model: LanguageModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -107,6 +126,11 @@ def load_reference(model: LanguageModel, dtype: torch.dtype) -> PreTrainedModel:
     return reference.eval()
 
 
+def is_tied(reference: PreTrainedModel) -> bool:
+    """Whether head and embedding are one. Where a folder says so and has others for both, transformers takes both."""
+    return reference.get_output_embeddings().weight is reference.get_input_embeddings().weight
+
+
 def stored_dtype(model: LanguageModel) -> torch.dtype:
     """The type of the weights as they are stored; float32 for a GGUF file, whose are quantized."""
     if model.gguf_file is not None:
@@ -122,9 +146,7 @@ def language_tensors(model: LanguageModel, reference: PreTrainedModel) -> dict[s
     """The weights by their names in an M3: to be read from the files where those have transformers' own names, else, as a GGUF
     file's, from the model in memory."""
     held = reference.state_dict()
-    tied = (
-        {key for key, name in model.names.items() if name == VOCABULARY_NAMES[1]} if _is_tied(model.config) else set()
-    )
+    tied = {key for key, name in model.names.items() if name == VOCABULARY_NAMES[1]} if is_tied(reference) else set()
     if model.gguf_file is None:
         stored = stored_tensors(model.folder)
         is_whole = model.names.keys() - tied <= stored.keys() <= model.names.keys()
@@ -189,16 +211,18 @@ def check_chats(model: LanguageModel, processor: Any, own: PreTrainedTokenizerBa
             )
 
 
-def own_generation_config(reference: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
-    """The language model's own. To be greedy is written down because `pipeline` samples where a checkpoint says nothing."""
-    given = reference.generation_config.to_diff_dict()
-    if not given.get("do_sample"):
-        sampling = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-        given = {key: value for key, value in given.items() if key not in sampling} | {"do_sample": False}
-    given.pop("_from_model_config", None)
-    if given.get("pad_token_id") is None:
-        given["pad_token_id"] = tokenizer.pad_token_id
-    return GenerationConfig(**given)
+def own_generation_config(
+    model: LanguageModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> GenerationConfig:
+    """The language model's own.
+
+    Raises:
+        ConversionError: for a value that nothing generates with.
+    """
+    given, file = reference.generation_config.to_diff_dict(), model.folder / "generation_config.json"
+    settings = {**sampling(given, file), **token_ids(given, tokenizer, model.config.vocab_size, file)}
+    others = {name: value for name, value in given.items() if name not in (*SAMPLING, "_from_model_config")}
+    return storable({**others, **settings}, file)
 
 
 @torch.no_grad()
@@ -308,10 +332,6 @@ def _names(config: PreTrainedConfig, file: Path) -> dict[str, str]:
         else:
             raise refuse(f"it has {key} beside its base model and head")
     return names
-
-
-def _is_tied(config: PreTrainedConfig) -> bool:
-    return bool(getattr(config, "tie_word_embeddings", False))
 
 
 def _with_image_token(own: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:

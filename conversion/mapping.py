@@ -110,6 +110,7 @@ TRANSFORMERS_KEYS: dict[str, str | None] = {
 # Names of the parameters with a row for every token.
 VOCABULARY_NAMES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 EMBEDDING_KEY = "model.embed_tokens.weight"  # which every language model has
+HEAD_KEY = "lm_head.weight"  # which those have that do not tie it to the embedding
 PATCH_EMBEDDING_KEY = "embeddings.patch_embedding.weight"  # which every vision tower has
 
 # The keys of a CLIP or SigLIP folder, for a checkpoint whose own vision weights do not count.

@@ -10,10 +10,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from modeling_m3 import M3LlavaConfig, M3LlavaImageProcessorPil, M3LlavaProcessor
 
+from .generation_settings import sampling, token_ids
 from .original import ConversionError, StoredTensor, read_json
-
-
-_SAMPLING_SETTINGS = ("do_sample", "temperature", "top_p", "top_k")
 
 
 @dataclass(frozen=True)
@@ -63,27 +61,27 @@ def build_processor(
 
 
 def generation_config(
-    original: dict[str, Any], folder: Path, tokenizer: PreTrainedTokenizerBase, chat_template: str
+    original: dict[str, Any], folder: Path, tokenizer: PreTrainedTokenizerBase, chat_template: str, rows: int
 ) -> GenerationConfig:
     """Token ids, and how to sample where the original samples.
 
-    The original ships a temperature without `do_sample`, which has no effect and which transformers 5 refuses to save,
-    and a `max_length` that counts the prompt, about which every call with `max_new_tokens` would warn. To be greedy is
-    written down because `pipeline` samples where a checkpoint says nothing.
+    The original ships a temperature without `do_sample`, which has no effect, and a `max_length` that counts the prompt, about
+    which every call with `max_new_tokens` would warn.
+
+    Args:
+        original: settings beside the `generation_config.json` of `folder`, which come second.
+        tokenizer, chat_template: of the new checkpoint.
+        rows: of its embedding.
+
+    Raises:
+        ConversionError: for a value that nothing generates with.
     """
     file = folder / "generation_config.json"
-    given = {**original, **(read_json(file) if file.exists() else {})}
-    given = {key: value for key, value in given.items() if value is not None}
-    kept = {"do_sample": False}
-    if given.get("do_sample"):
-        kept = {key: given[key] for key in _SAMPLING_SETTINGS if key in given}
-    ends = given.get("eos_token_id", tokenizer.eos_token_id)
+    stored = read_json(file) if file.exists() else {}
+    given = {**original, **{key: value for key, value in stored.items() if value is not None}}
+    ids = token_ids({**given, "pad_token_id": None}, tokenizer, rows, file)
     if chat_template == "chatml":  # whose turns end with a token that need not be the vocabulary's end of sentence
+        ends = ids["eos_token_id"]
         turn_end = tokenizer.get_vocab().get("<|im_end|>")
-        ends = sorted({*(ends if isinstance(ends, list) else [ends]), turn_end} - {None})
-    return GenerationConfig(
-        bos_token_id=given.get("bos_token_id", tokenizer.bos_token_id),
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-        **kept,
-    )
+        ids["eos_token_id"] = sorted({*(ends if isinstance(ends, list) else [ends]), turn_end} - {None})
+    return GenerationConfig(**ids, **sampling(given, file))

@@ -171,8 +171,8 @@ def test_saved_again_it_is_the_same(made, tmp_path):
 
 
 def test_weights_are_streamed_and_kept_as_they_were(made):
-    language = read_language_model(made.language_folder)
-    tensors = language_tensors(language, load_reference(language, torch.float32))
+    with read_language_model(made.language_folder) as language:
+        tensors = language_tensors(language, load_reference(language, torch.float32))
     assert not [tensor for tensor in tensors.values() if isinstance(tensor, HeldTensor)]
     kept, rows = made.model.state_dict(), made.language.config.vocab_size
     assert (kept["lm_head.weight"].data_ptr() == kept["model.language_model.embed_tokens.weight"].data_ptr()) == (

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import PreTrainedConfig
 
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration, M3LlavaProcessor
 from modeling_m3.loading_m3 import quantizable_layers
@@ -19,12 +18,7 @@ logger = logging.getLogger(__name__)
 
 def expected_shapes(config: M3LlavaConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors that a configuration asks for, by name, as they are before any is quantized."""
-    with torch.device("meta"):
-        model = M3LlavaForConditionalGeneration(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    return shapes
+    return _shapes(_without_values(config))
 
 
 def check_weights(folder: Path, config: M3LlavaConfig) -> None:
@@ -36,8 +30,9 @@ def check_weights(folder: Path, config: M3LlavaConfig) -> None:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-    packed = _packed(config)
-    for name, shape in expected_shapes(config).items():
+    model = _without_values(config)
+    packed = set() if getattr(config, "quantization_config", None) is None else set(quantizable_layers(model))
+    for name, shape in _shapes(model).items():
         if name not in found:
             raise ConversionError(f"{name} was not written, which the configuration asks for")
         if name.removesuffix(".weight") in packed:
@@ -112,9 +107,13 @@ def _placeholders(config: M3LlavaConfig, inputs: dict[str, torch.Tensor]) -> lis
     return [layout.count(scale or max(config.visual_token_scales)) for layout, scale in zip(layouts, scales)]
 
 
-def _packed(config: PreTrainedConfig) -> set[str]:
-    """Names of the layers that are stored in 4 or 8 bits."""
-    if getattr(config, "quantization_config", None) is None:
-        return set()
+def _without_values(config: M3LlavaConfig) -> M3LlavaForConditionalGeneration:
     with torch.device("meta"):
-        return set(quantizable_layers(M3LlavaForConditionalGeneration(config)))
+        return M3LlavaForConditionalGeneration(config)
+
+
+def _shapes(model: M3LlavaForConditionalGeneration) -> dict[str, tuple[int, ...]]:
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes

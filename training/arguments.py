@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -139,6 +140,11 @@ class M3TrainingArguments(TrainingArguments):
             raise ValueError(
                 f"scale_choice='fixed' needs one scale: matryoshka_scales is {self.matryoshka_scales}, give it one number."
             )
+
+    @property
+    def device(self) -> torch.device:
+        # Before 5.24, several processes without GPUs load their checkpoint to "cpu:0", which torch does not know.
+        return torch.device("cpu") if super().device.type == "cpu" else super().device
 
     def learning_rate_of(self, part: str) -> float:
         """The peak learning rate of "language_model", "projector" or "vision_tower"."""

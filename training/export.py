@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer import TRAINER_STATE_NAME
 
 from m3_conversion.card import model_card
 from m3_conversion.original import local_folder
@@ -17,7 +19,8 @@ from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration
 from .arguments import DataArguments, ModelArguments
 from .parameters import PARTS, add_lora
 from .projector import write_projector
-from .trainer import M3Trainer
+from .trainer import DATA_SO_FAR, M3Trainer
+from .usage import in_words
 
 
 def export(
@@ -34,6 +37,7 @@ def export(
         model_arguments, data_arguments: of the run, for the card.
     """
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    usage = trainer.usage.state()
     unset_hf_deepspeed_config()  # or it would shard the model that is written, too
     if trainer.accelerator.is_main_process:
         weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}  # torch.compile's prefix
@@ -47,7 +51,7 @@ def export(
             config,
             trained_for_scales=len(trainer.scales) > 1,
             source=source,
-            training=describe(trainer, model_arguments, data_arguments),
+            training=describe(trainer, model_arguments, data_arguments, usage),
         )
         if model_arguments.train == "projector":
             write_projector(weights, destination.parent)
@@ -57,9 +61,19 @@ def export(
     trainer.accelerator.wait_for_everyone()
 
 
-def describe(trainer: M3Trainer, model_arguments: ModelArguments, data_arguments: DataArguments) -> str:
-    """What a reader of the card must know to judge the run or to repeat it, in Markdown."""
-    arguments = trainer.args
+def describe(
+    trainer: M3Trainer, model_arguments: ModelArguments, data_arguments: DataArguments, usage: dict[str, Any]
+) -> str:
+    """What a reader of the card must know to judge the run or to repeat it, in Markdown.
+
+    Args:
+        trainer, model_arguments, data_arguments: as of `export`.
+        usage: what the run was trained on, of `Usage.state`.
+    """
+    arguments, steps = trainer.args, trainer.state.global_step
+    if arguments.load_best_model_at_end and (best := trainer.state.best_model_checkpoint) is not None:
+        state = TrainerState.load_from_json(Path(best) / TRAINER_STATE_NAME)
+        steps, usage = state.global_step, state.stateful_callbacks[DATA_SO_FAR]["usage"]
     trained = []
     for part in PARTS:
         if not model_arguments.trains_nothing_of(part):
@@ -78,7 +92,8 @@ def describe(trainer: M3Trainer, model_arguments: ModelArguments, data_arguments
         "Data": f"{data}, {len(trainer.train_dataset)} records, template `{data_arguments.template}`",
         "Objective": objective,
         "Trained": "; ".join(trained),
-        "Steps": f"{trainer.state.global_step} of {batch} samples",
+        "Trained on": in_words(usage),
+        "Steps": f"{steps} of {batch} samples",
         "Schedule": f"{arguments.lr_scheduler_type.value}, {arguments.get_warmup_steps(trainer.state.max_steps)} steps of warmup",
         "Weight decay": f"{arguments.weight_decay:g}",
         "Precision": "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32",

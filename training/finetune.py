@@ -11,26 +11,30 @@ import gc
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 
 from m3_conversion.original import local_folder
 from modeling_m3 import M3LlavaProcessor
 from modeling_m3.checkpoint import check_checkpoint
 
 from .arguments import DataArguments, M3TrainingArguments, ModelArguments, parse
-from .data import BadSampleError, Collator, EvaluationDataset, LlavaDataset, Record, read_records
+from .data import BadSampleError, EvaluationDataset, LlavaDataset, Record, read_records
 from .export import export
 from .options import check_options
 from .parameters import prepare_parameters
 from .projector import read_projector
+from .run_folder import RunFolder
+from .run_record import describe_run
 from .shown import CLOSES, OPENS, shown
 from .stopping import Stopper, UndisturbedCollator
 from .trainer import M3Trainer, OptimizerClass
+from .usage import CountedCollator, CountedDataset
 
 
 logger = logging.getLogger(__name__)
@@ -51,43 +55,46 @@ def finetune(
 
     Args:
         model_arguments, data_arguments, arguments: of the run.
-        records: in place of a data file; see `LlavaDataset`.
+        records: in place of a data file; see `LlavaDataset`. Where they are no list, a text `fingerprint` of theirs may say
+            which they are; else a run that goes on compares their number and some of their texts.
         callbacks: of `Trainer`.
         optimizer_class: as in `M3Trainer`.
 
     Raises:
-        ValueError: before training, for anything that is wrong with the arguments, the data file or the output folder;
-            during it, for a bad record with `strict`.
+        ValueError: before training, for anything that is wrong with the arguments, the data file or the output folder, which
+            may hold another run; during it, for a bad record with `strict`.
     """
-    trainer = _prepare(model_arguments, data_arguments, arguments, records, callbacks, optimizer_class)
-    return _train(trainer, model_arguments, data_arguments)
+    with RunFolder(arguments.output_dir) as folder:
+        trainer = _prepare(folder, model_arguments, data_arguments, arguments, records, callbacks, optimizer_class)
+        return _train(folder, trainer, model_arguments, data_arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. Returns its exit status: 0, or 1 where one line on stderr says what is wrong; 130 or 143 where
     Ctrl-C or SIGTERM ended it."""
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.INFO)
-    with Stopper() as stopper:
+    with Stopper() as stopper, ExitStack() as held:
         try:
             parsed = parse(sys.argv[1:] if arguments is None else arguments)
             if parsed[1].show:
                 return _show(_data(*parsed)[1], parsed[1].show)
-            trainer = _prepare(*parsed, callbacks=[stopper])
+            folder = held.enter_context(RunFolder(parsed[2].output_dir))
+            trainer = _prepare(folder, *parsed, callbacks=[stopper])
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             return _fail(" ".join(str(error).split()))
         except KeyboardInterrupt as stop:
             _fail("stopped before the first step")
             return 128 + stop.args[0]
         try:
-            final = _train(trainer, *parsed[:2], stopper)
+            final = _train(folder, trainer, *parsed[:2], stopper)
         except BadSampleError as error:
             return _fail(str(error).splitlines()[-1])  # what comes before, from a worker, is its traceback
         except ImportError as error:  # of what an optimizer needs, which is made as training begins
             return _fail(" ".join(str(error).split()))
         except KeyboardInterrupt as stop:
-            return _stopped(trainer, stop.args[0])
+            return _stopped(folder, trainer, stop.args[0])
         if final is None:
-            return _stopped(trainer, stopper.signum)
+            return _stopped(folder, trainer, stopper.signum)
         print(f"wrote {final}")
     # Threads of gloo may hold the trainer's tensors while Python ends, and abort it (pytorch/pytorch#179291).
     del trainer
@@ -97,8 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _stopped(trainer: M3Trainer, signum: int) -> int:
-    checkpoint = _last_checkpoint(Path(trainer.args.output_dir))
+def _stopped(folder: RunFolder, trainer: M3Trainer, signum: int) -> int:
+    checkpoint = folder.last_checkpoint()
     where = f"the same command goes on from {checkpoint}"
     if checkpoint is None:
         where = "there is no checkpoint yet, and the same command begins anew"
@@ -113,6 +120,7 @@ def _fail(message: str) -> int:
 
 
 def _prepare(
+    folder: RunFolder,
     model_arguments: ModelArguments,
     data_arguments: DataArguments,
     arguments: M3TrainingArguments,
@@ -121,10 +129,14 @@ def _prepare(
     optimizer_class: OptimizerClass | None = None,
 ) -> M3Trainer:
     check_options(arguments)
-    _last_checkpoint(Path(arguments.output_dir))
+    folder.last_checkpoint()
     processor, train_dataset, eval_dataset = _data(model_arguments, data_arguments, arguments, records)
     name = model_arguments.model_name_or_path
     scales = arguments.scales(processor.visual_token_scales)
+    facts = partial(describe_run, model_arguments, data_arguments, arguments, processor=processor)
+    eval_records = None if eval_dataset is None else eval_dataset.records
+    facts = partial(facts, records=train_dataset.records, eval_records=eval_records, optimizer_class=optimizer_class)
+    folder.claim(arguments, facts)
     if eval_dataset is not None:
         eval_dataset.first_encoded()
     _say_how_records_are_read(train_dataset, arguments)
@@ -136,17 +148,19 @@ def _prepare(
     if model_arguments.projector_weights is not None:
         read_projector(model, Path(model_arguments.projector_weights))
     prepare_parameters(model, model_arguments)
-    return M3Trainer(
+    trainer = M3Trainer(
         scales=scales,
         optimizer_class=optimizer_class,
         model=model,
         args=arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=UndisturbedCollator(Collator(processor.tokenizer.pad_token_id)),
+        data_collator=UndisturbedCollator(CountedCollator(processor.tokenizer.pad_token_id)),
         processing_class=processor,
         callbacks=list(callbacks),
     )
+    folder.check_unrecorded(trainer)
+    return trainer
 
 
 def _data(
@@ -154,7 +168,7 @@ def _data(
     data_arguments: DataArguments,
     arguments: M3TrainingArguments,
     records: Sequence[Record] | None = None,
-) -> tuple[M3LlavaProcessor, LlavaDataset, EvaluationDataset | None]:
+) -> tuple[M3LlavaProcessor, CountedDataset, EvaluationDataset | None]:
     """What a run reads, before anything of the model is loaded."""
     name = model_arguments.model_name_or_path
     config = check_checkpoint(local_folder(name, weights=False))
@@ -181,7 +195,7 @@ def _data(
     if data_arguments.eval_data_path is not None:
         multiple = arguments.world_size * arguments.eval_batch_size
         eval_dataset = EvaluationDataset(read_records(data_arguments.eval_data_path), multiple=multiple, **samples)
-    return processor, LlavaDataset(records, **samples), eval_dataset
+    return processor, CountedDataset(records, **samples), eval_dataset
 
 
 def _say_how_records_are_read(dataset: LlavaDataset, arguments: M3TrainingArguments) -> None:
@@ -209,17 +223,14 @@ def _show(dataset: LlavaDataset, count: int) -> int:
 
 
 def _train(
+    folder: RunFolder,
     trainer: M3Trainer,
     model_arguments: ModelArguments,
     data_arguments: DataArguments,
     stopper: Stopper | None = None,
 ) -> Path | None:
     """Trains and writes the final folder, which it returns; None where a signal ended training before."""
-    output = Path(trainer.args.output_dir)
-    checkpoint = _last_checkpoint(output)
-    if checkpoint is not None:
-        logger.info("going on from %s", checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=folder.begin(trainer.accelerator))
     if stopper is not None and stopper.signum:
         return None
     if trainer.eval_dataset is not None:
@@ -228,31 +239,9 @@ def _train(
     _report(trainer.train_dataset, trainer)
     if trainer.eval_dataset is not None:
         _report(trainer.eval_dataset, trainer)
-    export(trainer, output / "final", model_arguments, data_arguments)
-    return output / "final"
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The checkpoint to go on from; None for a new run. One whose writing was interrupted does not count.
-
-    Raises:
-        ValueError: the folder holds a finished run, or anything that is not a run's.
-    """
-    if not folder.exists():
-        return None
-    if not folder.is_dir():
-        raise ValueError(f"output_dir={folder} is a file: name a folder.")
-    if (folder / "final").exists():
-        raise ValueError(f"output_dir={folder} holds a finished run: name another folder, or remove it.")
-    checkpoints = list(folder.glob("checkpoint-*"))
-    whole = [checkpoint for checkpoint in checkpoints if (checkpoint / TRAINER_STATE_NAME).is_file()]  # written last
-    if whole:
-        return str(max(whole, key=lambda checkpoint: int(checkpoint.name.rsplit("-", 1)[1])))
-    if set(folder.iterdir()) - set(checkpoints):
-        raise ValueError(
-            f"output_dir={folder} is not empty and holds no checkpoint to go on from: name another folder."
-        )
-    return None
+    final = folder.folder / "final"
+    export(trainer, final, model_arguments, data_arguments)
+    return final
 
 
 def _report(dataset: LlavaDataset, trainer: M3Trainer) -> None:

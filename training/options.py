@@ -43,6 +43,25 @@ WORK = {
     *("save_strategy", "save_steps", "save_on_each_node", "save_total_limit"),
     *("ignore_data_skip", "restore_callback_states_from_checkpoint"),
 }
+# What a run that goes on may have otherwise: it decides neither what is trained nor on what.
+HARMLESS = {
+    *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter"),
+    *("include_num_input_tokens_seen", "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name"),
+    *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "debug", "skip_memory_metrics"),
+    *("save_strategy", "save_steps", "save_on_each_node", "save_total_limit"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
+    "dataloader_multiprocessing_context",
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
+    *("activation_checkpointing_kwargs", "torch_empty_cache_steps", "use_cache", "use_cpu", "full_determinism"),
+    *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend"),
+    *("ddp_timeout", "do_train", "do_eval", "do_predict", "remove_unused_columns", "label_names", "length_column_name"),
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size"),
+    *("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+    *("include_for_metrics", "batch_eval_metrics"),
+    *("strict", "show"),  # of our own: a bad record ends the run, or another one takes its place
+}
+# But for these where evaluations decide what is kept, or the learning rate.
+DECIDED_BY_EVALUATION = {"eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps"}
 _UPLOAD = "the folder that is for the Hub is written at the end: hf upload USER/NAME OUTPUT_DIR/final"
 REFUSED = {
     "label_smoothing_factor": "the Matryoshka loss is the next-token loss of the paper",

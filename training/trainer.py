@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
@@ -17,7 +18,11 @@ from .arguments import M3TrainingArguments
 from .data import IGNORE_INDEX, LlavaDataset
 from .parameters import parameter_groups
 from .sampler import ModalityLengthSampler
+from .usage import Usage
 
+
+# In a checkpoint's `stateful_callbacks`, but of no callback's name: those are made anew from what is stored.
+DATA_SO_FAR = "m3_data_so_far"
 
 OptimizerClass = Callable[[nn.Module, list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -28,6 +33,9 @@ class M3Trainer(Trainer):
     Losses are averaged over the supervised tokens of the global batch, on all processes together. Logs hold, next to
     `loss`, a `loss_at_{scale}` per scale: the average over the steps since the last log that trained it. Evaluations hold
     the same with `eval_` before it, each averaged over all supervised tokens of the data set.
+
+    Attributes:
+        usage: what it was trained on so far, the run that this one goes on from included.
 
     Args:
         scales: numbers of visual tokens to train at; all of them, or one drawn for each step, as `args.scale_choice` says.
@@ -46,8 +54,9 @@ class M3Trainer(Trainer):
         self._scale_steps: dict[int, set[int]] = {}
         self._sampler: ModalityLengthSampler | None = None
         self._evaluated = torch.zeros(len(self.scales) + 1)
+        self.usage = Usage(len(self.train_dataset))
         self.add_callback(_EpochOfSampler(self))
-        self.add_callback(_NotesInCheckpoints(self))
+        self.add_callback(_GoesOn(self))
         if not self.is_deepspeed_enabled:  # which keeps gradients elsewhere
             self.add_callback(_NoGradientMissing(self))
 
@@ -136,9 +145,28 @@ class M3Trainer(Trainer):
         return self._sampler
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        self.usage.add(batch_samples)
         # Where nothing of a batch is supervised, its loss is then 0 and not 0 / 0.
         items = super()._get_num_items_in_batch(batch_samples, device)
         return items if items is None else items.clamp(min=1)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run that ended after its last step, and goes on from there, has none left: `Trainer` would take one more.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        notes = gather_object([self.train_dataset.notes])
+        names = {name for noted in notes for name in noted}
+        self.state.stateful_callbacks[DATA_SO_FAR] = {
+            "notes": {name: sorted({index for noted in notes for index in noted[name]}) for name in names},
+            "usage": self.usage.state(),
+        }
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _save_rng_state(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_rng_state(*args, **kwargs)
+        self.accelerator.wait_for_everyone()  # the file that makes a checkpoint whole comes next, from the first process
 
 
 class _EpochOfSampler(TrainerCallback):
@@ -152,28 +180,30 @@ class _EpochOfSampler(TrainerCallback):
             self.trainer._sampler.set_epoch(int(state.epoch or 0))
 
 
-class _NotesInCheckpoints(TrainerCallback):
-    """Carries what was found bad in the data through checkpoints, so that a resumed run reports all of it at its end."""
+class _GoesOn(TrainerCallback):
+    """Takes up what a checkpoint holds: what was found bad in the data, what was used of it, and where the schedule is."""
 
     def __init__(self, trainer: M3Trainer):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.train_dataset.remember(state.stateful_callbacks.get(type(self).__name__, {}))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._collect(state, control)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._collect(state, control)
-
-    def _collect(self, state: Any, control: Any) -> None:
-        if control.should_save:  # the same on every process
-            gathered = gather_object([self.trainer.train_dataset.notes])
-            names = {name for notes in gathered for name in notes}
-            state.stateful_callbacks[type(self).__name__] = {
-                name: sorted({index for notes in gathered for index in notes[name]}) for name in names
-            }
+        if not state.global_step:
+            return
+        so_far = state.stateful_callbacks.get(DATA_SO_FAR, {})
+        self.trainer.train_dataset.remember(so_far.get("notes", {}))
+        if self.trainer.accelerator.is_main_process:
+            self.trainer.usage.restore(so_far.get("usage"), state.global_step)
+        # `Trainer` has these from the checkpoint, whatever the arguments are now.
+        state.compute_steps(args, state.max_steps)
+        state.train_batch_size = args.train_batch_size
+        # The optimizer has the rate of the next step from the checkpoint: where the run is longer now, the schedule has another.
+        schedule = getattr(kwargs["lr_scheduler"], "scheduler", kwargs["lr_scheduler"])  # as DeepSpeed wraps it
+        if isinstance(schedule, LambdaLR):
+            schedule._last_lr = [
+                rate * factor(schedule.last_epoch) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas)
+            ]
+            for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr):
+                group["lr"] = rate
 
 
 class _NoGradientMissing(TrainerCallback):

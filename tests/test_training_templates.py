@@ -269,6 +269,13 @@ def test_a_template_that_drops_answers_ends_the_run_before_the_model_is_loaded(
     assert re.search(message, error) and not (tmp_path / "out").exists()
 
 
+def test_a_command_that_trained_on_nothing_fails(converted, tmp_path, capsys):
+    nothing = [record("What follows ASSISTANT: here?", "A dog.")] * 2
+    assert run(converted["llava15-m3"], tmp_path, nothing, "--template", "v1") == 1
+    assert "m3-train: No token of an answer was trained on in any step" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "final").exists()
+
+
 def test_a_run_says_that_it_adds_an_end_and_shows_a_record(converted, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert run(converted["llava15-m3"], tmp_path, [PICTURED], template=KINDS["llava-1.5"].template) == 0

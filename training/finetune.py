@@ -239,6 +239,12 @@ def _train(
     _report(trainer.train_dataset, trainer)
     if trainer.eval_dataset is not None:
         _report(trainer.eval_dataset, trainer)
+    if (
+        stopper is not None and not trainer.usage.state()["answer_tokens"]
+    ):  # a program that calls has the notes to look at
+        raise BadSampleError(
+            "No token of an answer was trained on in any step: nothing was learnt, and there is no final folder."
+        )
     final = folder.folder / "final"
     export(trainer, final, model_arguments, data_arguments)
     return final

@@ -1,6 +1,7 @@
 """The command `m3-eval DIR`: a checkpoint on benchmarks or on one's own questions, at every scale in one go."""
 
 import errno
+import math
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -62,7 +63,7 @@ def evaluate(
     scales: Annotated[
         str | None, typer.Option(help="Numbers of visual tokens, as 9,36; or auto. All of the checkpoint's by default.")
     ] = None,
-    limit: Annotated[float | None, typer.Option(help="Questions of every task, or their share below 1.", min=0)] = None,
+    limit: Annotated[float | None, typer.Option(help="Questions of every task, or their share below 1.")] = None,
     include_path: Annotated[
         Path | None,
         typer.Option("--include_path", "--include-path", help="A folder of further task files, as lmms-eval has it."),
@@ -119,11 +120,15 @@ def evaluate(
     if (tasks is None) == (data is None):
         raise typer.BadParameter("give either --tasks or --data")
     try:
+        _check_limit(limit)
         pinpoints = parse_pinpoints(image_grid_pinpoints)
         found_tasks: dict[str, Any] = {}
         questions: list[Question] = []
         if data is not None:
-            questions = read_questions(data, image_folder, None if limit is None else int(limit))
+            is_share = limit is not None and limit < 1
+            questions = read_questions(data, image_folder, None if limit is None or is_share else int(limit))
+            if is_share:  # rounded as lmms-eval does
+                questions = questions[: math.ceil(limit * len(questions))]
             names = [data.stem]
         else:
             found_tasks = _benchmarks([name.strip() for name in tasks.split(",") if name.strip()], include_path)
@@ -210,6 +215,11 @@ def _benchmarks(names: list[str], include_path: Path | None) -> dict[str, Any]:
 
         paths.append(str(make_once()))
     return find_tasks(names, paths)
+
+
+def _check_limit(limit: float | None) -> None:
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):
+        raise ValueError(f"--limit {limit}: give a number of questions from 1, or a share of them below 1, as 0.5.")
 
 
 def _begin(folder: Path, run: Run) -> None:

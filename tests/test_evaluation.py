@@ -279,6 +279,27 @@ def test_bad_arguments(my_data, tmp_path, capsys, converted):
     assert "has other files" in fails(capsys, "--data", my_data, "--output", tmp_path / "full")
 
 
+@pytest.mark.parametrize(
+    ("limit", "questions"), [("3", 3), ("1.0", 1), ("0.5", 6), ("0.999", 11), ("1e-9", 1), ("99", 11)]
+)
+def test_a_limit_is_a_number_or_a_share(limit, questions, my_data, m3_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(modeling_m3, "load", lambda *args, **kwargs: m3_tiny)
+    run("--data", my_data, "--output", tmp_path / "run", "--limit", limit, "--scales", 1)
+    assert read_task(tmp_path / "run", "my").samples == questions
+    whole = [json.loads(line)["question"] for line in my_data.read_text().splitlines()]
+    assert [sample.question for sample in read_samples(tmp_path / "run", "my")] == whole[:questions]
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "-0.5", "nan", "inf", "1.5", "2.0000001"])
+def test_other_limits_are_refused(limit, my_data, tmp_path, capsys):
+    told = fails(capsys, "--data", my_data, "--output", tmp_path / "run", f"--limit={limit}")
+    assert (
+        told
+        == f"m3-eval: --limit {float(limit)}: give a number of questions from 1, or a share of them below 1, as 0.5."
+    )
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_full_disk_is_told_in_a_line(my_data, tmp_path, capsys, monkeypatch):
     def add(self, batch):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import codecs
 import json
-import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from .whole_files import replacing
 
 
 # Ends of lines to `str.splitlines` that JSON does not escape itself, and halves of surrogate pairs, which UTF-8 cannot hold.
@@ -101,24 +102,37 @@ def add_line(file: str | Path, value: Any) -> None:
         os.fsync(lines.fileno())
 
 
-def read_added_lines(file: str | Path) -> Iterator[tuple[int, Any]]:
+def read_added_lines(
+    file: str | Path, damaged: Callable[[int, ValueError], None] | None = None
+) -> Iterator[tuple[int, Any]]:
     """As `read_json_lines`, of a file that processes add to: a last line without its end is not there yet.
 
+    Args:
+        damaged: is told of lines that are no JSON, as a loss of power may leave them, and why; they are then left out.
+
     Raises:
-        ValueError: as `read_json_lines`.
+        ValueError: as `read_json_lines`, where there is no `damaged`.
     """
     with Path(file).open("rb") as lines:
-        end = _end_of_lines(lines)
-        lines.seek(0)
-        yield from _values(lines, file, end)
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                return
+            if not line.strip():
+                continue
+            try:
+                value = parse_line(line)
+            except ValueError as error:
+                if damaged is None:
+                    raise ValueError(f"{file}, line {number} is not JSON: {error}.") from error
+                damaged(number, error)
+            else:
+                yield number, value
 
 
-def _values(lines: BinaryIO, file: str | Path, end: float = math.inf) -> Iterator[tuple[int, Any]]:
+def _values(lines: BinaryIO, file: str | Path) -> Iterator[tuple[int, Any]]:
     number = 1
     try:
-        for number, after, line in iterate_lines(lines):
-            if after > end:
-                return
+        for number, _, line in iterate_lines(lines):
             value = parse_line(line)
             yield number, value
     except ValueError as error:
@@ -150,15 +164,5 @@ def _end_of_lines(opened: BinaryIO) -> int:
 
 
 def _replace(file: Path, texts: Iterable[str]) -> None:
-    """Writes texts beside a file and gives them its name; whatever ends it before leaves what was there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    try:
-        with part.open("w", encoding="utf-8", newline="\n") as opened:
-            opened.writelines(texts)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(part, file)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with replacing(file) as part, part.open("w", encoding="utf-8", newline="\n") as opened:
+        opened.writelines(texts)

@@ -43,6 +43,7 @@ def ask_all(
     groups: dict[str, list[int]] = {}
     for index, (_, settings) in enumerate(questions):
         groups.setdefault(repr(sorted(settings.items())), []).append(index)
+    asked = 0
     with tqdm(total=len(questions), desc=desc, unit=" questions", disable=quiet) as progress:
         for group in groups.values():
             for start in range(0, len(group), batch_size):
@@ -59,18 +60,17 @@ def ask_all(
                         {
                             questions[index][0]: {
                                 "results": [asdict(result) for result in results],
-                                "pictures": _thumbnails(chat, run_folder, record),
+                                "pictures": _thumbnails(chat, run_folder) if asked < MOST_PICTURES else [],
                                 **_keys(answerer, chat),
                             }
                             for index, chat, results in zip(batch, chats, found)
                         }
                     )
+                asked += len(batch)
                 progress.update(len(batch))
 
 
-def _thumbnails(chat: Chat, folder: Path, record: Record) -> list[str]:
-    if len(record.results) >= MOST_PICTURES:
-        return []
+def _thumbnails(chat: Chat, folder: Path) -> list[str]:
     return [add_thumbnail(folder, picture, Answerer.key_of(picture)[:32]) for picture in pictures_of(chat)]
 
 

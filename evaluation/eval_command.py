@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from m3_conversion.__main__ import VERSION
+from m3_conversion.whole_files import part_of
 from m3_conversion.written_numbers import parse_numbers
 from modeling_m3.any_checkpoint import find
 from modeling_m3.checkpoint import read_config
@@ -26,8 +27,8 @@ from .asking import ask_all
 from .checkpoints import fingerprint
 from .own_data import METRICS, Question, fingerprint_of, read_questions
 from .pinpoints import parse_pinpoints
-from .record import Record
-from .runs import Run, Sample, Task, read_written_run, task_file, write_run, write_task
+from .record import Record, remove_unfinished_thumbnails
+from .runs import Run, Sample, Task, read_written_run, run_file, task_file, write_run, write_task
 from .scores import RULE
 from .signals import gather, write_signals
 
@@ -169,23 +170,24 @@ def evaluate(
             _begin(output, run)
         accelerator.wait_for_everyone()
         for name in names:
-            if task_file(output, name).is_file():
-                continue
-            if questions:
-                done = _ask(answerer, run, name, questions, output, batch_size, max_new_tokens, metric)
-            else:
-                from .benchmark_tasks import AllScales, run_task
+            file = task_file(output, name)
+            if not file.is_file():
+                if questions:
+                    done = _ask(answerer, run, name, questions, output, batch_size, max_new_tokens, metric)
+                else:
+                    from .benchmark_tasks import AllScales, run_task
 
-                asked = AllScales(answerer, run.scales, batch_size, output, accelerator)
-                done = run_task(name, found_tasks[name], asked, limit)
-            if done is not None and accelerator.is_main_process:
-                task, samples, gathered = done
-                if gathered is not None:
-                    write_signals(task_file(output, name).parent, gathered)
-                write_task(output, task, samples)
-                for file in task_file(output, name).parent.glob("answers.*.jsonl"):
-                    file.unlink()
-                print(_line(task, samples, run.scales))
+                    asked = AllScales(answerer, run.scales, batch_size, output, accelerator)
+                    done = run_task(name, found_tasks[name], asked, limit)
+                if done is not None and accelerator.is_main_process:
+                    task, samples, gathered = done
+                    if gathered is not None:
+                        write_signals(file.parent, gathered)
+                    write_task(output, task, samples)
+                    print(_line(task, samples, run.scales))
+            if file.is_file() and accelerator.is_main_process:
+                for record in file.parent.glob("answers.*.jsonl"):
+                    record.unlink()
         if accelerator.is_main_process:
             print(f"m3-eval: all is in {output}; m3-analyze {output} --output REPORT says what it means")
     except KeyboardInterrupt as stop:
@@ -228,7 +230,7 @@ def _begin(folder: Path, run: Run) -> None:
         raise ValueError(f"--output {folder} is a file.")
     before = read_written_run(folder)
     if before is None:
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and {*folder.iterdir()} - {part_of(run_file(folder))}:
             raise ValueError(f"--output {folder} has other files: give a new folder, or one of a run that was stopped.")
         write_run(folder, run)
         return
@@ -240,6 +242,7 @@ def _begin(folder: Path, run: Run) -> None:
     ):
         if old != new:
             raise ValueError(f"{folder} holds a run with {what} {old}, not {new}. Give another --output.")
+    remove_unfinished_thumbnails(folder)
     tasks = list(dict.fromkeys([*before.tasks, *run.tasks]))
     write_run(folder, Run(**{**vars(run), "tasks": tasks}))
 

@@ -1,11 +1,12 @@
 """Measured results in a checkpoint's card, as the `model-index` that the Hub reads."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, metadata_save
+
+from m3_conversion.whole_files import replacing
 
 from .checkpoints import fingerprint
 
@@ -46,11 +47,7 @@ def write_card(result: dict[str, Any], folder: Path) -> int:
     ]
     data.eval_results = [*kept, *new]
     data.model_name = data.model_name or folder.resolve().name
-    part = folder / ".README.md.part"
-    shutil.copyfile(card_file, part)
-    try:
+    with replacing(card_file) as part:
+        shutil.copyfile(card_file, part)
         metadata_save(part, data.to_dict())
-        os.replace(part, card_file)
-    finally:
-        part.unlink(missing_ok=True)
     return len(new)

@@ -6,13 +6,15 @@ made for. Both are ordinary task files on a parquet of pictures, and want the ex
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from filelock import FileLock
 
+from m3_conversion.whole_files import replacing, write_text
 from modeling_m3.cache import cache_folder
 
 
@@ -29,18 +31,19 @@ def make(folder: Path, pictures: int = PICTURES) -> None:
         {name: datasets.Value("string") for name in ("question", "answer", "kind")} | {"image": datasets.Image()}
     )
     for name in ("m3_easy_vqa", "m3_scenes"):
-        with tempfile.TemporaryDirectory() as scratch:
+        with _scratch(folder / ".scratch") as scratch:
             records = datasets.Dataset.from_generator(
                 _records,
                 features=features,
-                cache_dir=scratch,
+                cache_dir=str(scratch),
                 gen_kwargs={"name": name, "pictures": pictures},
                 split=datasets.Split.TEST,
             )
             file = folder / f"{name}.parquet"
-            records.to_parquet(str(file))
+            with replacing(file) as part:
+                records.to_parquet(str(part))
         template = (TEMPLATES / f"{name}.yaml").read_text(encoding="utf-8")
-        (folder / f"{name}.yaml").write_text(template.replace("DATA_FILE", str(file.resolve())), encoding="utf-8")
+        write_text(folder / f"{name}.yaml", template.replace("DATA_FILE", str(file.resolve())))
     shutil.copy(TEMPLATES / "m3_task_functions.py", folder)
 
 
@@ -49,21 +52,29 @@ def make_once() -> Path:
     from modeling_m3 import __version__
 
     folder = cache_folder() / f"tasks-{__version__}"
-    if not folder.is_dir():
+    if not folder.is_dir() or any(folder.parent.glob(".tasks-*")):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=".tasks-", dir=folder.parent))
-        try:
-            make(part)
-            for file in part.glob("*.yaml"):
-                file.write_text(file.read_text(encoding="utf-8").replace(str(part), str(folder)), encoding="utf-8")
-            try:
-                os.replace(part, folder)
-            except OSError:  # another process was first
-                if not folder.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        with FileLock(folder.with_name(".lock")):
+            for leftover in folder.parent.glob(".tasks-*"):  # of a process that was killed: we hold the lock
+                shutil.rmtree(leftover)
+            if not folder.is_dir():
+                with _scratch(folder.with_name(f".{folder.name}")) as part:
+                    make(part)
+                    for file in part.glob("*.yaml"):
+                        write_text(file, file.read_text(encoding="utf-8").replace(str(part), str(folder)))
+                    os.replace(part, folder)
     return folder
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder for a block; what a process that was killed left there goes first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _records(name: str, pictures: int) -> Iterator[dict[str, Any]]:

@@ -3,11 +3,18 @@
 A batch is written in one piece, and read back whole or not at all, so that batches are made up the same again.
 """
 
-import json
+import logging
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from m3_conversion.json_files import add_line, read_added_lines
+from m3_conversion.whole_files import replacing
+
+
+logger = logging.getLogger(__name__)
 
 
 class Record:
@@ -20,42 +27,49 @@ class Record:
     def __init__(self, file: Path):
         file.parent.mkdir(parents=True, exist_ok=True)
         self.file, self.results = file, {}
-        self._drop_unfinished_line()
+        self._damaged: set[tuple[Path, int]] = set()
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads what all processes wrote."""
+        """Reads what all processes wrote. A line that is damaged, or has no end, is not there: its questions are missing."""
         for file in sorted(self.file.parent.glob(f"{self.file.name.split('.')[0]}.*{self.file.suffix}")):
-            for line in file.read_text(encoding="utf-8").splitlines():
-                self.results.update(json.loads(line))
+            damaged = partial(self._warn, file)
+            for number, batch in read_added_lines(file, damaged):
+                if isinstance(batch, dict):
+                    self.results.update(batch)
+                else:
+                    damaged(number, "it is no batch")
 
     def missing(self, keys: Iterable[str]) -> bool:
         return not all(key in self.results for key in keys)
 
     def add(self, batch: dict[str, Any]) -> None:
-        with self.file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(batch, ensure_ascii=False) + "\n")
-            lines.flush()
-            os.fsync(lines.fileno())
+        add_line(self.file, batch)
         self.results.update(batch)
 
-    def _drop_unfinished_line(self) -> None:
-        if not self.file.exists():
-            return
-        content = self.file.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(self.file, len(whole))
+    def _warn(self, file: Path, number: int, reason: object) -> None:
+        """Once, by process 0: the others read the same files."""
+        if (file, number) not in self._damaged and self.file.suffixes[-2:-1] == [".0"]:
+            logger.warning("%s, line %d is damaged (%s): its questions are asked again", file, number, reason)
+        self._damaged.add((file, number))
 
 
 def add_thumbnail(folder: Path, picture: Any, name: str, edge: int = 320) -> str:
     """Stores a small copy of a picture in a run folder; returns its place in it."""
-    file = folder / "pictures" / f"{name}.jpg"
+    file = _pictures(folder) / f"{name}.jpg"
     if not file.exists():
-        file.parent.mkdir(exist_ok=True)
         small = picture.convert("RGB")
         small.thumbnail((edge, edge))
-        part = file.with_name(f".{os.getpid()}-{file.name}")
-        small.save(part, "JPEG", quality=85)
-        os.replace(part, file)
-    return f"pictures/{file.name}"
+        with replacing(file, mark=f".{os.getpid()}") as part:
+            small.save(part, "JPEG", quality=85)
+    return f"{file.parent.name}/{file.name}"
+
+
+def remove_unfinished_thumbnails(folder: Path) -> None:
+    """Removes what processes that were killed left, before others add some."""
+    for part in _pictures(folder).glob(".*"):
+        part.unlink()
+
+
+def _pictures(folder: Path) -> Path:
+    return folder / "pictures"

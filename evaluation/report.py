@@ -7,7 +7,9 @@ from typing import Any
 
 import jinja2
 
-from .runs import write_json
+from m3_conversion.json_files import write_json
+from m3_conversion.whole_files import replacing, write_text
+
 from .scores import RULE_IN_WORDS
 
 
@@ -45,7 +47,7 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
         f"{result['threshold']:g}. Visual tokens are per tile where pictures are cut into tiles."
     )
     write_json(folder / "results.json", result)
-    (folder / "report.md").write_text(_markdown(about, parts, plots), encoding="utf-8")
+    write_text(folder / "report.md", _markdown(about, parts, plots))
     environment = jinja2.Environment(autoescape=True)
     tasks = [
         {
@@ -57,7 +59,7 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
         for name, runs in result["tasks"].items()
     ]
     page = environment.from_string(PAGE).render(title=TITLE, about=about, tasks=tasks)
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    write_text(folder / "report.html", page)
 
 
 def judged_anew(entry: dict[str, Any]) -> str:
@@ -265,7 +267,8 @@ def _gallery_plot(entry: dict[str, Any], file: Path) -> Path:
 def _save(figure: Any, file: Path) -> Path:
     from matplotlib import pyplot
 
-    figure.savefig(file, dpi=110, metadata={"Software": None})
+    with replacing(file) as part:
+        figure.savefig(part, format="png", dpi=110, metadata={"Software": None})
     pyplot.close(figure)
     return file
 

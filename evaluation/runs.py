@@ -9,12 +9,12 @@
 Imports nothing heavy: reading a run needs no torch.
 """
 
-import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from m3_conversion.json_files import iterate_lines, parse_line, read_json, write_json, write_json_lines
 
 
 FORMAT = 1
@@ -118,10 +118,10 @@ def read_run(folder: str | Path) -> Run:
 
 def read_written_run(folder: str | Path) -> Run | None:
     """As `read_run`, complete or not; None where none was begun."""
-    file = Path(folder) / "run.json"
+    file = run_file(folder)
     if not file.is_file():
         return None
-    stored = _read_json(file, "")
+    stored = _read_object(file)
     names = {entry.name for entry in fields(Run)}
     if stored.get("format") != FORMAT or stored.keys() != names:
         raise ValueError(f"{file} is of a run in format {stored.get('format')!r}; this release reads format {FORMAT}.")
@@ -129,8 +129,11 @@ def read_written_run(folder: str | Path) -> Run | None:
 
 
 def read_task(folder: str | Path, name: str) -> Task:
-    stored = _read_json(task_file(folder, name), f"{folder} has no finished task {name!r}")
-    return Task(**stored)
+    """What a finished task measured. Raises `ValueError` for one that is not finished."""
+    file = task_file(folder, name)
+    if not file.is_file():
+        raise ValueError(f"{folder} has no finished task {name!r}: there is no {file.name}.")
+    return Task(**_read_object(file))
 
 
 def read_samples(folder: str | Path, name: str) -> Iterator[Sample]:
@@ -140,47 +143,35 @@ def read_samples(folder: str | Path, name: str) -> Iterator[Sample]:
         ValueError: for a line that is none; its number is given.
     """
     file = task_file(folder, name).with_name("samples.jsonl")
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
+    with file.open("rb") as lines:
+        for number, _, line in iterate_lines(lines):
             try:
-                yield Sample(**json.loads(line))
-            except (json.JSONDecodeError, TypeError) as error:
+                yield Sample(**parse_line(line))
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"{file}, line {number} is no sample: {error}. Run m3-eval anew.") from error
 
 
 def write_run(folder: Path, run: Run) -> None:
-    write_json(folder / "run.json", asdict(run))
+    write_json(run_file(folder), asdict(run))
 
 
 def write_task(folder: Path, task: Task, samples: Iterable[Sample]) -> None:
     """Writes a finished task: all of it, or nothing that `read_run` takes for one."""
     file = task_file(folder, task.name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_name("samples.jsonl").open("w", encoding="utf-8") as lines:
-        for sample in samples:
-            lines.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
+    write_json_lines(file.with_name("samples.jsonl"), map(asdict, samples))
     write_json(file, asdict(task))
+
+
+def run_file(folder: str | Path) -> Path:
+    return Path(folder) / "run.json"
 
 
 def task_file(folder: str | Path, name: str) -> Path:
     return Path(folder) / "tasks" / name / "task.json"
 
 
-def write_json(file: Path, content: Any) -> None:
-    """Writes a file that is whole or not there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, file)
-
-
-def _read_json(file: Path, otherwise: str) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"{otherwise}: there is no {file.name}.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
+def _read_object(file: Path) -> dict[str, Any]:
+    content = read_json(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no object.")
     return content

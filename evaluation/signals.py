@@ -10,6 +10,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from m3_conversion.whole_files import replacing
 from modeling_m3.automatic_budget_m3 import Confidence, read_signals
 
 
@@ -54,7 +55,8 @@ def gather(entries: Sequence[dict[str, Any]]) -> dict[str, np.ndarray] | None:
 
 def write_signals(folder: Path, gathered: dict[str, np.ndarray]) -> None:
     """Into the folder of a task."""
-    save_file(gathered, folder / SIGNALS_FILE)
+    with replacing(folder / SIGNALS_FILE) as part:
+        save_file(gathered, part)
 
 
 def read_task_signals(folder: Path) -> dict[str, np.ndarray] | None:

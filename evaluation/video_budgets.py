@@ -4,13 +4,13 @@ A total T buys T / s frames of s tokens each, for every scale s of a checkpoint 
 such pair, and counted by kind.
 """
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from m3_conversion.json_files import read_json, write_json
 from m3_conversion.written_numbers import parse_numbers
 from modeling_m3.any_checkpoint import find
 
@@ -18,7 +18,7 @@ from .answering import Answerer
 from .asking import ask_all
 from .checkpoints import fingerprint
 from .own_data import METRICS, Question, fingerprint_of, read_questions
-from .record import Record
+from .record import Record, remove_unfinished_thumbnails
 
 
 def pairs_of(total: int, scales: list[int], most_frames: int) -> list[tuple[int, int]]:
@@ -75,11 +75,12 @@ def _total(pair: str) -> int:
 
 def _begin(file: Path, asked: dict[str, str]) -> None:
     """Notes what is asked of whom. Raises `ValueError` for a folder with answers to something else."""
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != asked:
+    if file.is_file() and read_json(file) != asked:
         raise ValueError(
             f"{file.parent} holds answers of another checkpoint, or to other questions. Give another --output."
         )
-    file.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+    write_json(file, asked)
+    remove_unfinished_thumbnails(file.parent)
 
 
 def main(
@@ -99,7 +100,6 @@ def main(
         model, processor = found.load()
         scales = processor.visual_token_scales
         pairs = [pair for total in parse_numbers(totals, "--totals") for pair in pairs_of(total, scales, most_frames)]
-        output.mkdir(parents=True, exist_ok=True)
         _begin(
             output / "asked.json",
             {"checkpoint": fingerprint(found.folder), "data": fingerprint_of(questions)},
@@ -108,7 +108,7 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     result = {"questions": len(questions), "metric": metric, "accuracy": accuracy}
-    (output / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(output / "accuracy.json", result)
     print(table(result))
 
 

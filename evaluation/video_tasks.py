@@ -6,13 +6,15 @@ for their files in the Hub's cache; these name the files where they are.
 """
 
 import csv
-import json
 import re
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from m3_conversion.json_files import read_json_lines
+from m3_conversion.whole_files import replacing, write_text
 
 
 TEMPLATES = Path(__file__).parent / "tasks"
@@ -26,39 +28,40 @@ def make(folder: Path, data: Path, videos: Path, name: str) -> int:
     Raises:
         ValueError: for a row without what it needs, or whose video is not there; rows are named by their number.
     """
-    import datasets
-
     if not re.fullmatch(r"\w+", name):
         raise ValueError(f"--name {name!r}: give letters, digits and underscores.")
     records = [_record(row, f"{data}, row {number}", videos) for number, row in enumerate(_rows(data), start=1)]
     if not records:
         raise ValueError(f"{data} has no questions.")
-    folder.mkdir(parents=True, exist_ok=True)
+    import datasets
+
     file = folder / f"{name}.parquet"
-    datasets.Dataset.from_list(records).to_parquet(str(file))
-    template = (TEMPLATES / "m3_video.yaml").read_text(encoding="utf-8")
-    filled = template.replace("NAME", name).replace("DATA_FILE", str(file.resolve()))
-    (folder / f"{name}.yaml").write_text(filled, encoding="utf-8")
+    with replacing(file) as part:
+        datasets.Dataset.from_list(records).to_parquet(str(part))
     shutil.copy(TEMPLATES / "m3_video_functions.py", folder)
+    template = (TEMPLATES / "m3_video.yaml").read_text(encoding="utf-8")
+    write_text(folder / f"{name}.yaml", template.replace("NAME", name).replace("DATA_FILE", str(file.resolve())))
     return len(records)
 
 
-def _rows(data: Path) -> list[dict[str, Any]]:
+def _rows(data: Path) -> list[Any]:
+    if data.suffix.lower() != ".csv":
+        return [row for _, row in read_json_lines(data)]
     if not data.is_file():
         raise ValueError(f"There is no file {data}.")
-    text = data.read_text(encoding="utf-8-sig")
-    if data.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines(keepends=True)))
-    rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    with data.open(encoding="utf-8-sig", newline="") as lines:
+        rows = csv.DictReader(lines)
         try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{data}, line {number} is not JSON: {error}.") from error
-    return rows
+            return list(rows)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{data} is not in UTF-8: {error}. Store it so.") from error
+        except csv.Error as error:
+            raise ValueError(f"{data}, line {rows.reader.line_num} is not CSV: {error}.") from error
 
 
-def _record(row: dict[str, Any], place: str, videos: Path) -> dict[str, Any]:
+def _record(row: Any, place: str, videos: Path) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f'{place} must be an object with a "video", a "question" and an "answer".')
     found = {
         "video": row.get("video") or row.get("video_name"),
         **{key: row.get(key) for key in ("question", "answer")},

@@ -25,7 +25,6 @@ loads every `*.safetensors` of a folder as weights finds none in it.
 import base64
 import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -307,10 +306,12 @@ class M3LlavaAutomaticBudgetMixin:
             return
         if file.is_file() and file.read_bytes() == content:
             return
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:
-            part.write(content)
-        os.chmod(part.name, 0o644)
-        os.replace(part.name, file)
+        part = file.with_name(f".{file.name}.part")
+        try:
+            part.write_bytes(content)
+            os.replace(part, file)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _encoded(network: Network) -> dict[str, Any]:

@@ -2,20 +2,17 @@
 
 import itertools
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDENS, commands_on_path, picture
+from conftest import GOLDENS, picture
 
 import modeling_m3
-from m3_evaluation import own_data, own_tasks
+from m3_evaluation import own_data
 from m3_evaluation.analyze_command import app as analyze_app
 from m3_evaluation.answering import Answerer
 from m3_evaluation.asking import ask_all
@@ -180,19 +177,6 @@ def test_own_data(my_data, tmp_path):
     assert (tmp_path / "run" / "tasks" / "my" / "samples.jsonl").read_bytes() == before
 
 
-def test_two_processes_may_make_the_tasks_at_once(tmp_path, monkeypatch):
-    def make_after_another(part):
-        (part / "own").touch()
-        for name in ("other", "too"):
-            (made := tmp_path / f"tasks-{modeling_m3.__version__}").mkdir(exist_ok=True)
-            (made / name).touch()
-
-    monkeypatch.setattr(own_tasks, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(own_tasks, "make", make_after_another)
-    assert sorted(file.name for file in own_tasks.make_once().iterdir()) == ["other", "too"]
-    assert [file.name for file in tmp_path.iterdir()] == [f"tasks-{modeling_m3.__version__}"]
-
-
 def test_the_model_may_choose(m3_tiny, scenes, my_data, tmp_path):
     chats = [user(question.text, shown) for shown, question in scenes[:12]]
     answerer = Answerer(*m3_tiny)
@@ -209,29 +193,6 @@ def test_the_model_may_choose(m3_tiny, scenes, my_data, tmp_path):
     [entry] = json.loads((tmp_path / "report" / "results.json").read_text())["tasks"]["my"].values()
     [scale] = entry["scales"]
     assert scale["num_visual_tokens"] == "auto" and scale["visual_tokens"] >= 1
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_to_the_same(my_data, tmp_path):
-    arguments = [modeling_m3.default_checkpoint(), "--data", my_data, "--batch_size", "1", "--scales", "1,9"]
-    environment = {**os.environ, "PATH": commands_on_path()}
-    folders = tmp_path / "killed", tmp_path / "whole"
-    command = ["m3-eval", *map(str, arguments), "--output"]
-    process = subprocess.Popen([*command, str(folders[0])], env=environment, stderr=subprocess.DEVNULL)
-    record = folders[0] / "tasks" / "my" / "answers.0.jsonl"
-    while process.poll() is None and not (record.exists() and record.read_bytes().count(b"\n") >= 2):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    with pytest.raises(ValueError, match="not complete: my not done"):
-        read_run(folders[0])
-    for folder in folders:
-        run(*arguments[1:], "--output", folder)
-    files = [
-        {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-        for folder in folders
-    ]
-    assert files[0] == files[1]
 
 
 def fails(capsys, *arguments):

@@ -1,8 +1,11 @@
 """Questions about videos: m3-eval's own data, tasks from tables, and frames against tokens at equal cost."""
 
+import csv
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_ask import run as ask
 from typer.testing import CliRunner
 from video_files import CLIP, moving_frames, write_video
@@ -15,6 +18,12 @@ from m3_evaluation.runs import read_samples
 from m3_evaluation.video_budgets import main, pairs_of, table
 
 
+# Any text that UTF-8 holds; "\0" is no part of a CSV before Python 3.11.
+CELLS = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+    | st.sampled_from('\u2028\u2029\x85\x0b\x1e\r\n,"\ufeff'),
+    min_size=1,
+)
 SETTINGS = {"max_new_tokens": 8, "do_sample": False}
 
 
@@ -126,3 +135,42 @@ def test_a_task_is_made_of_the_authors_tables(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             video_tasks._record(row, "row 1", CLIP.parent)
+
+
+TABLE = st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=4)
+
+
+@given(cells=TABLE, mark=st.booleans(), end=st.sampled_from(["\n", "\r\n", "\r"]), quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))  # fmt: skip
+@settings(deadline=None, max_examples=100)
+def test_tables_are_read_as_they_were_written(tmp_path_factory, cells, mark, end, quoting):
+    """By Excel, which begins with a byte-order mark, and with ends of lines of any kind inside quotes."""
+    rows = [{"video_name": "clip", "question": question, "answer": answer} for question, answer in cells]
+    if any({*cell} & {*"\r\n"} for row in cells for cell in row):
+        quoting = csv.QUOTE_ALL  # before Python 3.13 the writer quotes the one that it ends lines with alone
+    folder = tmp_path_factory.mktemp("tables")
+    with (folder / "table.CSV").open("w", encoding="utf-8-sig" if mark else "utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator=end, quoting=quoting)
+        writer.writeheader()
+        writer.writerows(rows)
+    assert video_tasks._rows(folder / "table.CSV") == rows
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "table.jsonl").write_text(lines, encoding="utf-8-sig" if mark else "utf-8", newline="")
+    assert video_tasks._rows(folder / "table.jsonl") == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "question,answer\nWas?,Grün\n".encode("latin-1"), "a.csv is not in UTF-8"),
+        ("a.csv", b"question\n" + b"x" * 200_000, "a.csv, line 2 is not CSV: field larger"),
+        ("a.jsonl", b'{"question": "a"}\n{', "a.jsonl, line 2 is not JSON"),
+        ("a.jsonl", b"[1]\n", "row 1 must be an object"),
+        ("b.csv", None, "There is no file .*b.csv"),
+    ],
+)
+def test_what_is_no_table_is_refused_in_a_line(name, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        video_tasks.make(tmp_path / "task", tmp_path / name, tmp_path, "a")
+    assert not (tmp_path / "task").exists()

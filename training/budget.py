@@ -7,8 +7,6 @@ it was stopped, and another `--keep`, seed or network is fitted in moments. Noth
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +19,8 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import modeling_m3
+from m3_conversion.json_files import read_json, write_json
+from m3_conversion.whole_files import part_of, replacing
 from m3_evaluation.checkpoints import fingerprint
 from m3_evaluation.own_data import METRICS
 from m3_evaluation.scores import RULE
@@ -150,13 +150,12 @@ def _begin(output: Path, arguments: BudgetArguments, checkpoint: str) -> None:
         **{name: getattr(arguments, name) for name in ("metric", "max_new_tokens", "limit")},
         **({} if data.is_dir() else {"rule of scores": RULE}),
     }
-    if file.is_file() and (before := json.loads(file.read_text(encoding="utf-8"))) != about:
+    if file.is_file() and (before := read_json(file)) != about:
         differs = next(name for name in about if before.get(name) != about[name])
         raise ValueError(f"--output_dir {output} holds answers of another {differs}: give another folder.")
-    if not file.is_file() and output.is_dir() and any(output.iterdir()):
+    if not file.is_file() and output.is_dir() and {*output.iterdir()} - {part_of(file)}:
         raise ValueError(f"--output_dir {output} has other files: give a new folder, or one of a run that was stopped.")
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_json(file, about)
 
 
 def _ask_all(
@@ -168,7 +167,6 @@ def _ask_all(
 ) -> Samples:
     """The outcomes of all questions, those of before from the output folder."""
     score, folder, parts = METRICS[arguments.metric], output / "samples", []
-    folder.mkdir(exist_ok=True)
     with tqdm(total=sum(len(group.questions) for group in asked), desc="questions", unit="") as progress:
         for begin in range(0, len(asked), PART):
             part = folder / f"{begin:07}.safetensors"
@@ -177,9 +175,8 @@ def _ask_all(
                 for group in asked[begin : begin + PART]:
                     found.append(ask(model, processor, group, score, arguments.max_new_tokens))
                     progress.update(len(group.questions))
-                unfinished = part.with_suffix(".part")
-                Samples.joined(found).save(unfinished)
-                os.replace(unfinished, part)
+                with replacing(part) as unfinished:
+                    Samples.joined(found).save(unfinished)
             else:
                 progress.update(sum(len(group.questions) for group in asked[begin : begin + PART]))
             parts.append(Samples.load(part))

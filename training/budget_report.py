@@ -1,12 +1,13 @@
 """What a fitted choice is worth: the curve of accuracy against visual tokens, as JSON, Markdown and a plot."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from m3_conversion.json_files import write_json
+from m3_conversion.whole_files import replacing, write_text
 from m3_evaluation import statistics
 from modeling_m3.automatic_budget_m3 import AutomaticBudget
 
@@ -91,15 +92,15 @@ def table(result: dict[str, Any]) -> str:
 
 def write_report(result: dict[str, Any], folder: Path) -> None:
     """`results.json`, `README.md` and `curve.png`."""
-    (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(
+    _plot(result, folder / "curve.png")
+    write_json(folder / "results.json", result)
+    write_text(
+        folder / "README.md",
         f"# The automatic budget's curve\n\n`{result['command']}`\n\n{result['questions']} questions about "
         f"{result['pictures']} pictures, every kind of question counted the same; each was judged by networks that saw no "
         f"question about its picture. Visual tokens are those of all passes, the first at {result['start']}. 95% intervals, "
         f"resampled by picture.\n\n{table(result)}\n\n![curve](curve.png)\n",
-        encoding="utf-8",
     )
-    _plot(result, folder / "curve.png")
 
 
 def _resampled_weights(samples: Samples, seed: int = 0) -> np.ndarray:
@@ -126,4 +127,5 @@ def _plot(result: dict[str, Any], file: Path) -> None:
     axes.plot(result["oracle"]["tokens"], 100 * result["oracle"]["accuracy"], "*", markersize=12, label="oracle")
     axes.set(xscale="log", xlabel="visual tokens, all passes", ylabel="accuracy, %")
     axes.legend()
-    figure.savefig(file, dpi=150, metadata={"Software": None})
+    with replacing(file) as part:
+        figure.savefig(part, format="png", dpi=150, metadata={"Software": None})

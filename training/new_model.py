@@ -7,7 +7,6 @@ on questions and answers, both at several numbers of visual tokens. A run that w
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import subprocess
@@ -26,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import modeling_m3
 from m3_conversion.card import model_card
 from m3_conversion.create import create
+from m3_conversion.json_files import write_json
 from m3_conversion.writer import new_folder, write_other_files
 from modeling_m3.outputs_m3 import M3LlavaEncodedImages
 
@@ -139,7 +139,7 @@ def begin_with_words(folder: Path, created: Path, scenes: int = SCENES) -> Path:
     with new_folder(final, overwrite=False) as partial:
         model.save_pretrained(partial)
         write_other_files(partial, model.config, processor, model.generation_config, card)
-        (partial / "losses.json").write_text(json.dumps(losses), encoding="utf-8")
+        write_json(partial / "losses.json", losses)
     return final
 
 
@@ -233,9 +233,7 @@ def run(folder: Path, language_model: Path | None = None, processes: int = 2) ->
     checkpoint = get_last_checkpoint(folder / last)
     write_adapter(Path(checkpoint), folder / "adapter", ModelArguments("unused", **stage.model))
     if not answers.exists():
-        partial = answers.with_suffix(".partial")
-        partial.write_text(json.dumps(measure(final, created), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(answers)
+        write_json(answers, measure(final, created))
     plot_losses(folder, list(STAGES), folder / "losses.png")
     return final
 

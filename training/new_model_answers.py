@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from m3_conversion.json_files import read_json
 from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaProcessor
 
 from .new_model_lessons import facts, held_out, questions_about
@@ -107,11 +107,11 @@ def plot_losses(folder: Path, stages: Sequence[str], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 1 + len(stages), figsize=(3 * (1 + len(stages)), 2.6), dpi=80)
-    words = json.loads((folder / "words" / "final" / "losses.json").read_text(encoding="utf-8"))
+    words = read_json(folder / "words" / "final" / "losses.json")
     axes[0].plot(range(1, len(words) + 1), words, linewidth=1)
     axes[0].set(title="words", xlabel="step", ylabel="loss", yscale="log")
     for axis, name in zip(axes[1:], stages):
-        state = json.loads((folder / name / "trainer_state.json").read_text(encoding="utf-8"))
+        state = read_json(folder / name / "trainer_state.json")
         scales = sorted({key for entry in state["log_history"] for key in entry if key.startswith("loss_at_")}, key=len)
         for key in scales:
             points = [(entry["step"], entry[key]) for entry in state["log_history"] if key in entry]

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
+from m3_conversion.whole_files import replacing
 from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaProcessor
 from modeling_m3.visual_tokens import expand_placeholders
 
@@ -114,10 +115,8 @@ def see_scenes(
                 hidden = model.model.vision_tower(pixels.to(model.dtype)).last_hidden_state
             features.append(hidden[:, model.config.num_leading_tokens :].half())
             shown += [facts(each) for each in made]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        save_file({"features": torch.cat(features)}, partial, metadata={"facts": json.dumps(shown)})
-        partial.replace(file)
+        with replacing(file) as partial:
+            save_file({"features": torch.cat(features)}, partial, metadata={"facts": json.dumps(shown)})
     with safe_open(file, "pt") as stored:
         return SeenScenes(stored.get_tensor("features"), list(map(tuple, json.loads(stored.metadata()["facts"]))))
 

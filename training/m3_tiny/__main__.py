@@ -4,7 +4,6 @@ Processes have one thread each: for so small a model two of them are faster than
 m3-tiny go one after the other, each in all processes; the runs that it is compared with go side by side.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 import typer
 
 from m3_conversion.__main__ import VERSION
+from m3_conversion.json_files import write_json
 
 from .recipe import BASES, RUNS, measure, prepare, train, train_tower
 from .report import write_page
@@ -61,7 +61,7 @@ def _all(folder: Path, processes: int) -> None:
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(lambda name: _launch(folder, name, 1), names))
     counts = {name: measure(folder, name) for name in names}
-    (folder / "results.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "results.json", counts)
     write_page(folder / "results.json", folder / "results.md")
     print(f"m3-tiny is in {folder / 'm3-tiny' / 'final'}, what was counted in {folder / 'results.md'}")
 

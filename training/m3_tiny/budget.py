@@ -4,7 +4,6 @@ Draws the questions that it is fitted on, fits it by `m3-budget`, and measures i
 other fonts and sizes of text, easy-vqa alone, codes alone; and beside it, other ways to choose.
 """
 
-import json
 import random
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -16,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import modeling_m3
+from m3_conversion.json_files import write_json
 from m3_evaluation.own_data import exact_match
 from modeling_m3.automatic_budget_m3 import AutomaticBudget
 
@@ -69,7 +69,7 @@ def write_questions(pictures: Pictures, folder: Path) -> Path:
             turns[0]["value"] = f"<image>\n{turns[0]['value']}"
             records.append({"id": f"{name} {kind}", "image": image, "kind": kind, "conversations": turns})
     file = folder / "questions.json"
-    file.write_text(json.dumps(records), encoding="utf-8")
+    write_json(file, records)
     return file
 
 
@@ -168,7 +168,7 @@ def measure(folder: Path, checkpoint: Path, pictures: int) -> dict[str, Any]:
     others = {"test pictures": other_ways(fitted, known[0], test, known[1])}
     found |= {f"{kind} alone": test.rows(test.kinds == kind) for kind in (EASY_VQA, "code")}
     result = {name: _judged(samples, choice, others.get(name, {})) for name, samples in found.items()}
-    (folder / "automatic_budget.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "automatic_budget.json", result)
     return result
 
 

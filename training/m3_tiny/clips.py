@@ -5,7 +5,6 @@ of two or three pictures. As in `scenes.py`, everything about a clip follows fro
 another font.
 """
 
-import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import av
 import torch
 from PIL import Image, ImageDraw
 
+from m3_conversion.json_files import write_json_lines
 from modeling_m3 import M3LlavaForConditionalGeneration, M3LlavaProcessor
 from modeling_m3.outputs_m3 import M3LlavaEncodedImages
 from modeling_m3.visual_tokens import ImageLayout
@@ -116,9 +116,9 @@ def write_clips(folder: Path, count: int) -> Path:
                 "answer": question.answer,
                 "kind": question.kind,
             }
-            lines.append(json.dumps(line) + "\n")
+            lines.append(line)
     file = folder / "clips.jsonl"
-    file.write_text("".join(lines), encoding="utf-8")
+    write_json_lines(file, lines)
     return file
 
 

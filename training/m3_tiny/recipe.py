@@ -3,7 +3,6 @@
 Every run is a folder; one that is finished is not run again, and one that was interrupted goes on from its last checkpoint.
 """
 
-import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel, set_seed
 
 from m3_conversion.card import model_card
+from m3_conversion.json_files import read_json, write_json
 from m3_conversion.writer import new_folder, write_other_files
 from m3_training.arguments import DataArguments, M3TrainingArguments, ModelArguments
 from m3_training.finetune import finetune
@@ -182,7 +182,7 @@ def measure(folder: Path, name: str) -> dict:
     """Asks the result of a run all test questions; keeps and returns the counts, by sampling and kind of question."""
     file = folder / name / "answers.json"
     if file.exists():
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     run, final = RUNS[name], folder / name / "final"
     processor = AutoProcessor.from_pretrained(final, backend="pil")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -199,7 +199,7 @@ def measure(folder: Path, name: str) -> dict:
             counts[sampling] |= by_kind
     if name == "m3-tiny":  # what the font that training has not costs
         counts["seen fonts"] = ask(held_out_scenes(ABLATION_TEST_PICTURES, TRAIN_FONTS))["average"]
-    file.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
+    write_json(file, counts)
     return counts
 
 
@@ -214,8 +214,8 @@ def _start(folder: Path, run: Run) -> Path:
 def _with_sampling(source: Path, copy: Path, sampling: str) -> Path:
     """The same checkpoint, told to sample its visual tokens otherwise."""
     if not copy.exists():
-        shutil.copytree(source, copy)
-        config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
-        config["visual_token_sampling"] = sampling
-        (copy / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        with new_folder(copy, overwrite=False) as partial:
+            shutil.copytree(source, partial, dirs_exist_ok=True)
+            config = read_json(partial / "config.json")
+            write_json(partial / "config.json", {**config, "visual_token_sampling": sampling})
     return copy

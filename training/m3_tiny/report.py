@@ -5,7 +5,6 @@
 The page's header also gives a checkpoint's card its metadata, as the pages of the other checkpoints do.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ import typer
 from huggingface_hub import EvalResult, ModelCardData
 
 from m3_conversion.card import PAPER_URL
+from m3_conversion.json_files import read_json
 
 from ..budget_report import table
 from .data import EASY_VQA
@@ -62,14 +62,14 @@ def write_page(
     page: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("results.md"),
 ) -> None:
     """Writes the results page and, into a folder of its name beside it, the plots."""
-    counts = Counts(json.loads(results.read_text(encoding="utf-8")))
+    counts = Counts(read_json(results))
     plots = page.with_suffix("")
     plots.mkdir(exist_ok=True)
     plot_kinds(counts, plots / "by-kind.png")
     plot_models(counts, plots / "by-model.png")
     body, fitted = text(counts, plots.name), results.with_name("automatic_budget.json")
     if fitted.is_file():
-        body += "\n" + automatic(json.loads(fitted.read_text(encoding="utf-8")))
+        body += "\n" + automatic(read_json(fitted))
     page.write_text(f"---\n{header(counts)}---\n{body}", encoding="utf-8")
 
 

@@ -1,5 +1,6 @@
 """What commands do about Ctrl-C and SIGTERM. Imports nothing that takes time."""
 
+import os
 import signal
 import sys
 import threading
@@ -36,6 +37,48 @@ def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
 def interrupt(signum: int, frame: object) -> None:
     """A handler that ends what runs through the blocks that clean up: by a `KeyboardInterrupt` with the signal's number."""
     raise KeyboardInterrupt(signum)
+
+
+@contextmanager
+def interrupting() -> Iterator[None]:
+    """In a `with` block, Ctrl-C and SIGTERM raise `KeyboardInterrupt` with the signal's number as its argument.
+
+    So does the end of the block, where code of others has caught it or has made another exception of it: nothing that comes after
+    the block takes what was cut short for done.
+    """
+    came: list[int] = []
+
+    def note(signum: int, frame: object) -> None:
+        came.append(signum)
+        interrupt(signum, frame)
+
+    try:
+        with handling_signals(note):
+            yield
+    except KeyboardInterrupt as stop:
+        came += stop.args or [signal.SIGINT]
+    finally:
+        if came:
+            raise KeyboardInterrupt(came[0])
+
+
+@contextmanager
+def stopping(command: str, then: str) -> Iterator[None]:
+    """In a `with` block, or a function with this as decorator, Ctrl-C and SIGTERM end the command as its caller expects.
+
+    Whatever cleans up does so; then there is one line, of the first of several processes, and the status 128 and the signal's number.
+
+    Args:
+        command: its name.
+        then: what of it is there, or how it goes on, after "stopped; ".
+    """
+    try:
+        with interrupting():
+            yield
+    except KeyboardInterrupt as stop:
+        if os.environ.get("RANK", "0") == "0":  # as launchers number processes
+            print(f"{command}: stopped; {then}", file=sys.stderr)
+        raise SystemExit(128 + stop.args[0]) from None
 
 
 def _send(number: int) -> None:

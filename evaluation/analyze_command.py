@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from m3_conversion.__main__ import VERSION
+from m3_conversion.signals import stopping
 
 from .statistics import RESAMPLES, THRESHOLD
 
@@ -16,6 +17,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 
 @app.command()
+@stopping("m3-analyze", "the same command begins anew")
 def analyze(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that m3-eval wrote.")],
     output: Annotated[Path | None, typer.Option(help="The folder of the report.")] = None,

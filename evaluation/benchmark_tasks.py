@@ -18,7 +18,9 @@ from lmms_eval.evaluator import evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
 from loguru import logger
 
-from .answering import Answerer
+from m3_conversion.signals import interrupting
+
+from .answering import Answerer, Chat
 from .asking import ask_all
 from .lmms_eval_model import M3, as_likelihood, cut, generation, settings_of
 from .record import Record
@@ -141,8 +143,13 @@ class AllScales(M3):
     ) -> None:
         quiet = self.rank != 0 or self.scale != self.scales[0]
         name = requests[0].task_name
+
+        def chat(index: int) -> Chat:
+            with interrupting():  # a task may catch what ends it, and make a prompt without its pictures
+                return chat_of(index)
+
         place = self.record, self.run_folder, self.batch_size, name, continuation_of, quiet
-        ask_all(self.answerer, self.scales, questions, chat_of, *place)
+        ask_all(self.answerer, self.scales, questions, chat, *place)
 
 
 Outcome = tuple[Task, list[Sample], dict[str, np.ndarray] | None]  # with signals, where those are kept

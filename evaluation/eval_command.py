@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from m3_conversion.__main__ import VERSION
+from m3_conversion.signals import interrupting, stopping
 from m3_conversion.whole_files import part_of
 from m3_conversion.written_numbers import parse_numbers
 from modeling_m3.any_checkpoint import find
@@ -39,6 +40,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 
 @app.command()
+@stopping("m3-eval", "the same command goes on")
 def evaluate(
     checkpoint: Annotated[
         str, typer.Argument(metavar="DIR", help="An M3 or any LLaVA: a folder, or an id on the Hub.")
@@ -172,13 +174,14 @@ def evaluate(
         for name in names:
             file = task_file(output, name)
             if not file.is_file():
-                if questions:
-                    done = _ask(answerer, run, name, questions, output, batch_size, max_new_tokens, metric)
-                else:
-                    from .benchmark_tasks import AllScales, run_task
+                with interrupting():
+                    if questions:
+                        done = _ask(answerer, run, name, questions, output, batch_size, max_new_tokens, metric)
+                    else:
+                        from .benchmark_tasks import AllScales, run_task
 
-                    asked = AllScales(answerer, run.scales, batch_size, output, accelerator)
-                    done = run_task(name, found_tasks[name], asked, limit)
+                        asked = AllScales(answerer, run.scales, batch_size, output, accelerator)
+                        done = run_task(name, found_tasks[name], asked, limit)
                 if done is not None and accelerator.is_main_process:
                     task, samples, gathered = done
                     if gathered is not None:
@@ -190,9 +193,6 @@ def evaluate(
                     record.unlink()
         if accelerator.is_main_process:
             print(f"m3-eval: all is in {output}; m3-analyze {output} --output REPORT says what it means")
-    except KeyboardInterrupt as stop:
-        print("m3-eval: stopped; the same command goes on", file=sys.stderr)
-        raise typer.Exit(130) from stop
     except (ValueError, OSError, SafetensorError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             error = ValueError(f"the disk of {output} is full: make room, the same command goes on")

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from m3_conversion.json_files import read_json, write_json
+from m3_conversion.signals import stopping
 from m3_conversion.written_numbers import parse_numbers
 from modeling_m3.any_checkpoint import find
 
@@ -83,6 +84,7 @@ def _begin(file: Path, asked: dict[str, str]) -> None:
     remove_unfinished_thumbnails(file.parent)
 
 
+@stopping("m3_evaluation.video_budgets", "the same command goes on")
 def main(
     checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="A folder, or an id on the Hub.")],
     data: Annotated[Path, typer.Option(help='A JSONL with "question", "answer", "video" and, if wanted, "kind".')],

@@ -20,6 +20,7 @@ from m3_evaluation.eval_command import app
 from m3_evaluation.record import Record
 from m3_evaluation.runs import read_run, read_samples, read_task
 from m3_training.m3_tiny.data import held_out_easy_vqa, held_out_scenes
+from modeling_m3.any_checkpoint import M3Checkpoint
 
 
 SCALES = [1, 9, 36, 144, 576]
@@ -244,7 +245,7 @@ def test_bad_arguments(my_data, tmp_path, capsys, converted):
     ("limit", "questions"), [("3", 3), ("1.0", 1), ("0.5", 6), ("0.999", 11), ("1e-9", 1), ("99", 11)]
 )
 def test_a_limit_is_a_number_or_a_share(limit, questions, my_data, m3_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(modeling_m3, "load", lambda *args, **kwargs: m3_tiny)
+    monkeypatch.setattr(M3Checkpoint, "load", lambda *args, **kwargs: m3_tiny)
     run("--data", my_data, "--output", tmp_path / "run", "--limit", limit, "--scales", 1)
     assert read_task(tmp_path / "run", "my").samples == questions
     whole = [json.loads(line)["question"] for line in my_data.read_text().splitlines()]

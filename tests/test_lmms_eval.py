@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import commands_on_path
 from PIL import Image
+from test_signals import start, until
 from video_files import CLIP
 
 import modeling_m3
@@ -247,6 +248,90 @@ def test_killed_it_goes_on_to_the_same(tasks, run, tmp_path):
         "tasks/m3_easy_vqa/samples.jsonl",
     ):
         assert (output / file).read_bytes() == (run / file).read_bytes(), file
+
+
+# A process of m3-eval that comes to its second batch, and waits there.
+WAITS = """
+import sys, time
+import m3_commands
+from m3_evaluation import record
+added = []
+def add(file, batch):
+    added.append(batch)
+    if len(added) == 2:
+        print("at a batch", file=sys.stderr, flush=True)
+        time.sleep(60)
+    add_line(file, batch)
+add_line, record.add_line = record.add_line, add
+sys.exit(m3_commands.evaluate())
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "launched"),
+    [
+        (signal.SIGINT, []),
+        (signal.SIGTERM, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]),
+    ],
+)
+def test_stopped_it_says_how_it_goes_on(number, launched, tasks, run, tmp_path, monkeypatch):
+    if launched:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    (tmp_path / "waits.py").write_text(WAITS)
+    asked = ["--tasks", "m3_scenes", "--include_path", tasks, "--limit", LIMIT, "--output", tmp_path / "run"]
+    command = [sys.executable, *launched, tmp_path / "waits.py", TINY, *asked, "--batch_size", 4]
+    process = start(command, start_new_session=True)
+    until(process, "at a batch")
+    os.killpg(process.pid, number)  # as a terminal or a scheduler does; a launcher hands it on, too
+    _, error = process.communicate(timeout=120)
+    assert error.count("m3-eval: stopped; the same command goes on") == 1
+    if not launched:
+        assert process.returncode == 128 + number
+        assert error.strip().splitlines()[-1] == "m3-eval: stopped; the same command goes on"
+    place = Path("tasks", "m3_scenes")
+    with (tmp_path / "run" / place / "answers.5.jsonl").open("wb") as other:
+        other.write(b'{"0/0": {"results": [{"te')  # of another process, when there were more
+    m3_eval(*asked, "--batch_size", 4)
+    assert {file.name for file in (tmp_path / "run" / place).iterdir()} == {"samples.jsonl", "task.json"}
+    for name in ("samples.jsonl", "task.json"):
+        assert (tmp_path / "run" / place / name).read_bytes() == (run / place / name).read_bytes()
+
+
+def test_what_a_task_catches_is_not_taken_for_done(tasks, run, tmp_path, monkeypatch):
+    """Code of tasks is anyone's: it may score an answer as wrong, or ask without its picture, where it was interrupted."""
+    from m3_evaluation import benchmark_tasks
+
+    chat = benchmark_tasks.AllScales.chat
+
+    def catches(self, request):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            return [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
+        return chat(self, request)
+
+    asked = ["--tasks", "m3_scenes", "--include_path", tasks, "--limit", LIMIT, "--signals", "--output", tmp_path]
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as end:
+        patched.setattr(benchmark_tasks.AllScales, "chat", catches)
+        m3_eval(*asked)
+    assert end.value.code == 143
+    m3_eval(*asked)
+    for name in ("samples.jsonl", "task.json", "signals.safetensors"):
+        file = Path("tasks", "m3_scenes", name)
+        assert (tmp_path / file).read_bytes() == (run / file).read_bytes()
+
+
+@pytest.mark.parametrize("limit", [0.11, 1e-9])
+def test_a_limit_means_the_same_with_tasks_and_with_data(limit, tasks, tmp_path):
+    import datasets
+
+    lines = len(datasets.Dataset.from_parquet(str(tasks / "m3_scenes.parquet"), cache_dir=str(tmp_path / "cache")))
+    (tmp_path / "data.jsonl").write_text((json.dumps({"question": "What?", "answer": "this"}) + "\n") * lines)
+    common = ["--limit", limit, "--scales", 1, "--output"]
+    m3_eval("--tasks", "m3_scenes", "--include_path", tasks, *common, tmp_path / "tasks")
+    m3_eval("--data", tmp_path / "data.jsonl", *common, tmp_path / "data")
+    found = read_task(tmp_path / "tasks", "m3_scenes").samples, read_task(tmp_path / "data", "data").samples
+    assert found[0] == found[1] >= 1
 
 
 def picture(seed):

@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 
 import modeling_m3
 from m3_conversion.json_files import read_json, write_json
+from m3_conversion.signals import interrupting
 from m3_conversion.whole_files import part_of, replacing
 from m3_evaluation.checkpoints import fingerprint
 from m3_evaluation.own_data import METRICS
@@ -124,14 +125,18 @@ def fit_budget(arguments: BudgetArguments) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns its exit status: 0, or 1 where one line on stderr says what is wrong."""
+    """Runs the command. Returns its exit status: 0, 1 where one line on stderr says what is wrong, or 128 and a signal's number."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "--version" in arguments:
         print(f"m3-hf {modeling_m3.__version__}")
         return 0
     try:
         [parsed] = HfArgumentParser(BudgetArguments, prog="m3-budget").parse_args_into_dataclasses(arguments)
-        file = fit_budget(parsed)
+        with interrupting():
+            file = fit_budget(parsed)
+    except KeyboardInterrupt as stop:
+        print("m3-budget: stopped; the same command goes on", file=sys.stderr)
+        return 128 + stop.args[0]
     except (ValueError, OSError, SafetensorError, HfHubHTTPError) as error:
         print(f"m3-budget: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

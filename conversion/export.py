@@ -98,7 +98,7 @@ def export(
         write_language(model, partial / LANGUAGE)
         if model.model.image_newline is not None:
             np.save(partial / NEWLINE, model.model.image_newline.detach().numpy())
-        offered = sorted(model.config.visual_token_scales)
+        offered = model.config.visual_token_scales
         card = _CARD.format(
             name=destination.name,
             source=f"[{source}](https://huggingface.co/{source})" if folder != Path(source) else folder.resolve().name,
@@ -128,7 +128,7 @@ def compare(model: M3LlavaForConditionalGeneration, folder: Path) -> Iterator[tu
     noise = np.random.default_rng(0)
     images = [Image.fromarray(noise.integers(0, 256, (*size, 3), np.uint8)) for size in ((200, 300), (300, 100))]
     text = [f"{processor.image_token}\nWhat is this?", f"{processor.image_token}\nIs anything written there, and what?"]
-    scales = sorted(model.config.visual_token_scales)
+    scales = model.config.visual_token_scales
     for numbers in [*([scale] * 2 for scale in scales), *([[scales[0], scales[-1]]] if len(scales) > 1 else [])]:
         inputs = processor(
             images=images, text=text, num_visual_tokens=numbers, padding=True, padding_side="left", return_tensors="pt"

@@ -78,7 +78,7 @@ def export_language(model: M3LlavaForConditionalGeneration) -> ExportedProgram:
 
 def write_vision(model: M3LlavaForConditionalGeneration, file: Path) -> None:
     """`export_vision` in ONNX: input `pixel_values`, an output `visual_tokens_SCALE` for every scale."""
-    outputs = [visual_tokens_name(scale) for scale in sorted(model.config.visual_token_scales)]
+    outputs = [visual_tokens_name(scale) for scale in model.config.visual_token_scales]
     _write(export_vision(model), file, ["pixel_values"], outputs, _VISION_AXES)
 
 
@@ -132,7 +132,7 @@ class _Vision(nn.Module):
         if self.config.keeps_class_token:
             return (tiles,)
         sampling = self.config.visual_token_sampling
-        return tuple(pool_tiles(tiles, scale, sampling) for scale in sorted(self.config.visual_token_scales))
+        return tuple(pool_tiles(tiles, scale, sampling) for scale in self.config.visual_token_scales)
 
 
 class _Language(nn.Module):

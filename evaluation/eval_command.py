@@ -145,7 +145,7 @@ def evaluate(
         video = {"num_frames": num_frames, "fps": fps, "video_layout": video_layout}
         answerer = Answerer(model, processor, pinpoints, sampling, kept_bytes, signals, video)
         asked_at = answerer.scales(None if scales is None else parse_numbers(scales, "--scales", may_be_auto=True))
-        if signals and asked_at != sorted(processor.visual_token_scales):
+        if signals and asked_at != processor.visual_token_scales:
             raise ValueError(f"--signals tell something where all scales are asked: leave out --scales {scales}.")
         run = Run(
             checkpoint=checkpoint,

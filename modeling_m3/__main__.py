@@ -229,7 +229,7 @@ def _ask(
             **as_text,
         )
 
-    scales = sorted(processor.visual_token_scales)
+    scales = processor.visual_token_scales
     inputs = prepare(
         scales[0] if compare else num_visual_tokens, medium, options
     )  # refuses a wrong number before the weights are loaded

@@ -157,10 +157,10 @@ class AutomaticBudget:
 
     def check(self, scales: list[int], width: int, name: str) -> None:
         """Raises `ValueError` unless this was fitted for a model of these scales and this width of signals."""
-        if self.scales != sorted(scales) or self.width != width:
+        if self.scales != scales or self.width != width:
             raise ValueError(
                 f"{name} was fitted for scales {self.scales} and hidden states of "
-                f"{self.width // 2}, this model has {sorted(scales)} and {width // 2}. Fit it anew by m3-budget, or remove it."
+                f"{self.width // 2}, this model has {scales} and {width // 2}. Fit it anew by m3-budget, or remove it."
             )
 
     def to_bytes(self) -> bytes:
@@ -205,7 +205,7 @@ class UnfittedBudget:
     probe_tokens, keep = 16, DEFAULT_KEEP
 
     def __init__(self, scales: list[int]):
-        self.scales = sorted(scales)
+        self.scales = scales
         self.start = self.scales[min(1, len(self.scales) - 2)]
 
     def first_choice(self, signals: torch.Tensor, keep: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

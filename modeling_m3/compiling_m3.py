@@ -106,7 +106,7 @@ class M3LlavaCompilingMixin:
             raise ValueError(f"max_text={max_text!r} must be a whole number from 1.")
         _check_can_be_compiled(self)
         offered = self.config.visual_token_scales
-        scales = sorted(offered) if scales is None else [scales] if isinstance(scales, int) else list(scales)
+        scales = offered if scales is None else [scales] if isinstance(scales, int) else list(scales)
         kinds = []
         for layouts, prompts in _kinds(self.config, like):
             for numbers in scales:

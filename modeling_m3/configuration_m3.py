@@ -24,6 +24,7 @@ from .visual_tokens import (
     MERGE_TYPES,
     SAMPLINGS,
     ImageLayout,
+    ascending_scales,
     check_choice,
     check_pinpoints,
     check_scales,
@@ -62,8 +63,9 @@ class M3LlavaConfig(PreTrainedConfig):
         multimodal_projector_depth (`int`, *optional*, defaults to 2):
             Number of linear layers in the projector: 2 is the original's `mlp2x_gelu`, 1 `linear`, 0 `identity`.
         visual_token_scales (`list[int]`, *optional*):
-            The numbers of visual tokens a tile can be reduced to. For CLIP-ViT-L/14-336 `[1, 9, 36, 144, 576]`
-            (paper section 4.1); may be widened with any `(side / k) ** 2` that the grid of patches has.
+            The numbers of visual tokens a tile can be reduced to, ascending in whatever order they are given. For
+            CLIP-ViT-L/14-336 `[1, 9, 36, 144, 576]` (paper section 4.1); may be widened with any `(side / k) ** 2` that
+            the grid of patches has.
         trained_scales (`list[int]`, *optional*):
             Those of them that it was trained at, which it answers best at; `None` where that is not known, and none of
             them where its projector is new.
@@ -91,7 +93,7 @@ class M3LlavaConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
     multimodal_projector_depth: int = 2
-    visual_token_scales: list[int] | None = None
+    visual_token_scales: Any = None  # also numpy's or torch's numbers, which become a list of Python's
     trained_scales: list[int] | None = None
     visual_token_sampling: str = "average"
     patch_merge_type: str = "flat"
@@ -130,6 +132,9 @@ class M3LlavaConfig(PreTrainedConfig):
         if self.image_grid_pinpoints is not None:
             self.image_grid_pinpoints = [list(pair) for pair in self.image_grid_pinpoints]
         self._check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, ascending_scales(value) if name == "visual_token_scales" else value)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:

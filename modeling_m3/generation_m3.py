@@ -120,9 +120,7 @@ class M3LlavaGenerationMixin(GenerationMixin):
         placeholders = (input_ids == self.config.image_token_id).sum(1).tolist()
         length, visual = int(lengths[longest]), placeholders[longest]
         text, alone = length - visual, len(input_ids) == 1
-        costs = {
-            scale: sum(layout.count(scale) for layout in layouts) for scale in sorted(self.config.visual_token_scales)
-        }
+        costs = {scale: sum(layout.count(scale) for layout in layouts) for scale in self.config.visual_token_scales}
         fitting = [scale for scale, cost in costs.items() if alone and text + cost <= context]
         if fitting:
             advice = f"At num_visual_tokens={fitting[-1]} it has {text + costs[fitting[-1]]}."

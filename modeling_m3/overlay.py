@@ -233,7 +233,7 @@ def see(processor: "M3LlavaProcessor", picture: Image.Image) -> SeenPicture:
         (rows, columns), side = layout.grid, views.shape[1]
         tiles = views[1:].reshape(rows, columns, side, side, 3).transpose(0, 2, 1, 3, 4)
         canvas = Image.fromarray(tiles.reshape(rows * side, columns * side, 3))
-    base, scales = Image.fromarray(views[0]), tuple(sorted(processor.visual_token_scales))
+    base, scales = Image.fromarray(views[0]), tuple(processor.visual_token_scales)
     return SeenPicture(base, canvas, layout, processor.patch_size, scales)
 
 

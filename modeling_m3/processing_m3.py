@@ -33,6 +33,7 @@ from .visual_tokens import (
     ONE_VIEW,
     ImageLayout,
     as_plain,
+    ascending_scales,
     cat_tiles,
     check_choice,
     check_num_visual_tokens,
@@ -106,7 +107,7 @@ class M3LlavaProcessor(VideoProcessingMixin, ProcessorMixin):
         tokenizer (`PreTrainedTokenizerFast`): One that knows `image_token`.
         patch_size (`int`, *optional*, defaults to 14): Pixels along one side of a patch of the vision tower.
         visual_token_scales (`list[int]`, *optional*): The numbers of visual tokens a tile may cost; as in the model's
-            configuration. By default the paper's, for the grid of patches.
+            configuration, ascending in whatever order they are given. By default the paper's, for the grid of patches.
         num_visual_tokens (`int` or `"auto"`, *optional*): What is used where a call gives none; the finest by default.
         patch_merge_type (`str`, *optional*, defaults to `"flat"`): As in the model's configuration.
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`): As in the model's configuration.
@@ -138,7 +139,7 @@ class M3LlavaProcessor(VideoProcessingMixin, ProcessorMixin):
         with_class_token = keeps_class_token(vision_feature_select_strategy)
         if visual_token_scales is None:
             visual_token_scales = default_scales(side, with_class_token)
-        visual_token_scales = as_plain(visual_token_scales)
+        visual_token_scales = ascending_scales(visual_token_scales)
         check_scales(visual_token_scales, side)
         if num_visual_tokens is not None:
             num_visual_tokens = as_plain(num_visual_tokens)
@@ -152,6 +153,9 @@ class M3LlavaProcessor(VideoProcessingMixin, ProcessorMixin):
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.image_token = getattr(tokenizer, "image_token", None) or image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, ascending_scales(value) if name == "visual_token_scales" else value)
 
     def to_dict(self) -> dict[str, Any]:
         """What is stored; a default that was set as numpy's or torch's number as Python's own."""
@@ -405,7 +409,7 @@ class M3LlavaProcessor(VideoProcessingMixin, ProcessorMixin):
         if AUTO in (num_visual_tokens if isinstance(num_visual_tokens, list) else [num_visual_tokens]):
             raise ValueError(
                 f"num_visual_tokens={num_visual_tokens!r}: only `generate` of transformers chooses by itself. Choose from "
-                f"{sorted(self.visual_token_scales)}."
+                f"{self.visual_token_scales}."
             )
         if num_visual_tokens is None and self.num_visual_tokens == AUTO:
             return max(self.visual_token_scales)

@@ -158,15 +158,19 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
 
 
-def check_scales(scales: Sequence[int], side: int) -> None:
+def ascending_scales(scales: Any) -> Any:
+    """The scales in ascending order, Python's own numbers in a list; what is no list of whole numbers as it is."""
+    scales = as_plain(scales)
+    return sorted(scales) if isinstance(scales, list) and all(type(scale) is int for scale in scales) else scales
+
+
+def check_scales(scales: Any, side: int) -> None:
     """Raises `ValueError` unless `scales` is a list of distinct scales of a grid of `side * side` patches."""
     possible = possible_scales(side)
-    wrong = [
-        scale for scale in scales if isinstance(scale, bool) or not isinstance(scale, int) or scale not in possible
-    ]
-    if wrong or not scales or len(set(scales)) != len(scales):
+    known = isinstance(scales, list) and all(type(scale) is int and scale in possible for scale in scales)
+    if not known or not scales or len(set(scales)) != len(scales):
         raise ValueError(
-            f"visual_token_scales={list(scales)!r} must be distinct scales of the {side}x{side} grid of patches: "
+            f"visual_token_scales={scales!r} must be distinct scales of the {side}x{side} grid of patches: "
             f"choose from {possible}."
         )
 

@@ -136,7 +136,7 @@ def _name(argument: str) -> str:
 def _settings(
     folder: str, config: M3LlavaConfig, default: int | None, details: dict[str, int | None], rest: dict
 ) -> Settings:
-    scales = sorted(config.visual_token_scales)
+    scales = config.visual_token_scales
     chosen = {name: number for name, number in details.items() if number is not None}
     for option, number in (
         ("--num-visual-tokens", default),

@@ -3,15 +3,20 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import CHECKPOINTS
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.utils import is_torchvision_available
 
-from modeling_m3 import M3LlavaImageProcessorPil, default_checkpoint
+from modeling_m3 import M3LlavaConfig, M3LlavaImageProcessorPil, M3LlavaProcessor, default_checkpoint
+from modeling_m3.visual_tokens import possible_scales
 
 
+M3_TINY = AutoProcessor.from_pretrained(default_checkpoint())
 FOLDERS = (*CHECKPOINTS, "m3-tiny", "trained")
 WAYS = [
     {},
@@ -73,6 +78,44 @@ def test_models(name, way, folders, tmp_path):
                 for text in (content, stored)
             )
         assert content == stored, file
+
+
+def test_scales_are_ascending_in_whatever_order_they_are_stored(folders, tmp_path):
+    shutil.copytree(folders["llava15-m3"], tmp_path / "stored")
+    for name in ("config.json", "processor_config.json"):
+        file = tmp_path / "stored" / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), "visual_token_scales": [576, 1, 36, 9, 144]}))
+    for source, destination in (("stored", "saved"), ("saved", "again")):
+        for loader in (AutoModelForImageTextToText, AutoProcessor):
+            loader.from_pretrained(tmp_path / source).save_pretrained(tmp_path / destination)
+    for name in ("config.json", "processor_config.json"):
+        assert json.loads((tmp_path / "saved" / name).read_text())["visual_token_scales"] == [1, 9, 36, 144, 576]
+    assert contents(tmp_path / "saved") == contents(tmp_path / "again")
+
+
+@given(
+    scales=st.lists(st.sampled_from(possible_scales(24)), min_size=1, unique=True),
+    kind=st.sampled_from([list, tuple, np.array, torch.tensor, lambda scales: [np.int64(scale) for scale in scales]]),
+)
+def test_scales_given_in_any_order_and_kind_are_ascending(scales, kind):
+    default = M3_TINY
+    config = M3LlavaConfig(visual_token_scales=kind(scales))
+    processor = M3LlavaProcessor(default.image_processor, default.tokenizer, visual_token_scales=kind(scales))
+    for holder in (config, processor):
+        assert holder.visual_token_scales == sorted(scales)
+        assert {type(scale) for scale in json.loads(json.dumps(holder.to_dict()))["visual_token_scales"]} == {int}
+        holder.visual_token_scales = kind(scales[::-1])
+        assert holder.visual_token_scales == sorted(scales)
+    with pytest.raises(ValueError, match="must be distinct scales"):
+        M3LlavaConfig(visual_token_scales=kind([*scales, scales[0]]))
+
+
+@pytest.mark.parametrize("scales", [[], 9, "9", [9.0], [True], [None], {1, 9}, [[9]], [9, 7]], ids=str)
+def test_what_are_no_scales_is_refused_by_its_value(scales):
+    default = M3_TINY
+    for make in (M3LlavaConfig, lambda **given: M3LlavaProcessor(default.image_processor, default.tokenizer, **given)):
+        with pytest.raises(ValueError, match="visual_token_scales=.* must be distinct scales of the 24x24 grid"):
+            make(visual_token_scales=scales)
 
 
 def test_a_pipelines_processor(folders, tmp_path):

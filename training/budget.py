@@ -98,7 +98,7 @@ def fit_budget(arguments: BudgetArguments) -> Path:
     of_a_run = Path(arguments.data_path).is_dir()
     asked = [] if of_a_run else read_labelled(arguments.data_path, arguments.image_folder)[: arguments.limit]
     model, processor = modeling_m3.load(folder)
-    scales = sorted(processor.visual_token_scales)
+    scales = processor.visual_token_scales
     if len(scales) < 2:
         raise ValueError(f"{folder} offers {scales[0]} visual tokens alone, so there is nothing to choose.")
     start = scales[min(1, len(scales) - 2)] if arguments.start is None else arguments.start

@@ -88,7 +88,7 @@ class LocalModel:
         self.config = self.model.config
         self.model.model.language_model.register_forward_pre_hook(self._count_text, with_kwargs=True)
         self.model.model.vision_tower.register_forward_pre_hook(self._count_tiles)
-        self.scales = sorted(self.processor.visual_token_scales)
+        self.scales = self.processor.visual_token_scales
         self.offers_auto = len(self.scales) > 1
         self.default = self.processor.num_visual_tokens or self.scales[-1]
         parameters = self.model.num_parameters()

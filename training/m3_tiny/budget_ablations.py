@@ -62,7 +62,7 @@ def without_a_pass(
         )
         questions = read_signals(output.hidden_states).numpy()
         encoded = model.encode_images(**processor.image_processor(group.pictures, return_tensors="pt"))
-        scales = sorted(processor.visual_token_scales)
+        scales = processor.visual_token_scales
         tokens = {scale: model.get_visual_tokens(encoded, scale)[0] for scale in scales}
         # By how much tokens of every scale differ from one another: what a coarser scale averages away.
         varies = torch.stack([tokens[scale].var(0).mean().log() for scale in scales[1:]]).numpy()

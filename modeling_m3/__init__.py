@@ -39,6 +39,7 @@ REMOTE_CODE_FILES = (
     "video_processing_m3.py",
     "videos.py",
     "visual_tokens.py",
+    "weights_print_m3.py",
 )
 
 AutoConfig.register(M3LlavaConfig.model_type, M3LlavaConfig)

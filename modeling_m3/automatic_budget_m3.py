@@ -19,7 +19,8 @@ taken. After the beginning of an answer at that number, if it is not the finest,
 number may be taken. The price of a token follows from how much accuracy is to be kept.
 
 The choice is a file of its own beside the weights, and a safetensors file without tensors: all is in its header, so whoever
-loads every `*.safetensors` of a folder as weights finds none in it.
+loads every `*.safetensors` of a folder as weights finds none in it. It holds a print of the weights that it was fitted on; a
+model of others does without it.
 """
 
 import base64
@@ -32,6 +33,8 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.utils import cached_file, logging
+
+from .weights_print_m3 import StoredWeights, print_of_folder, print_of_tensors, weight_files
 
 
 logger = logging.get_logger(__name__)
@@ -95,6 +98,14 @@ class Network:
         hidden = (features - self.mean) / self.deviation @ self.first + self.first_bias
         return np.maximum(hidden, 0) @ self.second + self.second_bias
 
+    def check(self, features: int, scales: int) -> None:
+        """Raises `ValueError` unless its numbers are finite, and those from so many features to logits at so many scales."""
+        hidden = self.first_bias.size
+        expected = [(features,), (features,), (features, hidden), (hidden,), (hidden, scales), (scales,)]
+        arrays = list(vars(self).values())
+        if [array.shape for array in arrays] != expected or not all(np.isfinite(array).all() for array in arrays):
+            raise ValueError(f"a network has shapes {[array.shape for array in arrays]}, not {expected}, or no numbers")
+
 
 class AutomaticBudget:
     """A choice that was fitted, by `m3-budget`, on questions whose answers are known.
@@ -109,6 +120,7 @@ class AutomaticBudget:
         prices: for each share of accuracy to keep, ascending, the price of 1,000 visual tokens before an answer and after it.
         before: from signals (b, width) to logits of a right answer at each scale, (b, s).
         after: by scale of the answer, from those logits and its confidence to better ones.
+        print: of the stored weights that it was fitted on, see `weights_print_m3.py`; None for a choice that is bound to none.
     """
 
     def __init__(
@@ -122,10 +134,11 @@ class AutomaticBudget:
         prices: list[tuple[float, float, float]],
         before: Network,
         after: dict[int, Network],
+        print: str | None = None,
     ):
         self.scales, self.start, self.width = scales, start, width
         self.probe_tokens, self.sure, self.keep, self.prices = probe_tokens, sure, keep, prices
-        self.before, self.after = before, after
+        self.before, self.after, self.print = before, after, print
 
     def first_choice(self, signals: torch.Tensor, keep: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """After the first pass.
@@ -173,7 +186,8 @@ class AutomaticBudget:
             "before": _encoded(self.before),
             "after": {str(scale): _encoded(network) for scale, network in self.after.items()},
         }
-        header = json.dumps({"__metadata__": {"format": FORMAT, "choice": json.dumps(stored)}}).encode()
+        bound = {} if self.print is None else {"print": self.print}
+        header = json.dumps({"__metadata__": {"format": FORMAT, "choice": json.dumps(stored), **bound}}).encode()
         header += b" " * (-len(header) % 8)
         return len(header).to_bytes(8, "little") + header
 
@@ -189,11 +203,36 @@ class AutomaticBudget:
                 "before": _decoded(stored.pop("before")),
                 "after": {int(scale): _decoded(network) for scale, network in stored.pop("after").items()},
             }
-            return cls(**stored, **networks)
-        except (ValueError, KeyError, TypeError) as error:
+            choice = cls(**stored, **networks, print=header.get("print"))
+            choice._check_content()
+            return choice
+        except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(
                 f"{name} is no choice that m3-budget stored: {error}. Fit it anew, or remove it."
             ) from error
+
+    def _check_content(self) -> None:
+        """Raises `ValueError` unless one can choose by this."""
+        scales, shares = self.scales, [self.sure, self.keep]
+        counts = [*scales, self.width, self.probe_tokens]
+        if any(type(count) is not int or count < 1 for count in counts) or scales != sorted(set(scales)):
+            raise ValueError(f"scales, width and probe_tokens are {counts}")
+        if self.start not in scales[:-1]:
+            raise ValueError(f"it starts at {self.start!r} of scales {scales}")
+        numbers = [*shares, *np.concatenate(self.prices).tolist()]
+        if any(type(number) not in (int, float) for number in numbers) or not all(0 < share <= 1 for share in shares):
+            raise ValueError(f"its shares are {shares} and its prices {self.prices}")
+        prices = np.array(self.prices)
+        if prices.shape[1:] != (3,) or not np.isfinite(prices).all() or (np.diff(prices[:, 0]) < 0).any():
+            raise ValueError(f"its prices are {self.prices}")
+        if self.print is not None and not isinstance(self.print, str):
+            raise ValueError(f"its print is {self.print!r}")
+        looked_at = scales[scales.index(self.start) : -1]
+        if list(self.after) != looked_at:
+            raise ValueError(f"it has networks after answers at {list(self.after)}, not {looked_at}")
+        self.before.check(self.width, len(scales))
+        for network in self.after.values():
+            network.check(len(scales) + 9, len(scales))
 
 
 class UnfittedBudget:
@@ -241,11 +280,31 @@ def best_scale(chances: np.ndarray, scales: list[int], here: int, price: float) 
     return worth.argmax(1)
 
 
+@dataclass
+class _Stored:
+    """A choice as it lies beside the weights that a model was loaded from.
+
+    Args:
+        file: its path.
+        content: of the file, understood when it is first needed.
+        weights: that lie beside it.
+        in_memory: the print of the model where it will be stored as other tensors than those, right after loading.
+        carries_on: whether the model still is what was loaded.
+    """
+
+    file: str
+    content: bytes
+    weights: StoredWeights
+    in_memory: str | None
+    choice: AutomaticBudget | None = None
+    carries_on: bool = False
+
+
 class M3LlavaAutomaticBudgetMixin:
     """Keeps the choice with the model: what is stored is understood when it is first needed, and goes wherever the model goes."""
 
     _automatic_budget: Any = None
-    _stored_automatic_budget: tuple[str, bytes] | None = None  # of which file, and its content
+    _stored_automatic_budget: _Stored | None = None
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -265,28 +324,45 @@ class M3LlavaAutomaticBudgetMixin:
             **found,
         )
         if file is not None:
-            model._stored_automatic_budget = file, Path(file).read_bytes()
+            weights = StoredWeights([] if kwargs.get("variant") else weight_files(Path(file).parent))
+            other_tensors = getattr(model, "is_quantized", False) or model.dtype == torch.float16
+            in_memory = print_of_tensors(model.state_dict()) if other_tensors else None
+            model._stored_automatic_budget = _Stored(file, Path(file).read_bytes(), weights, in_memory)
         return loaded
 
     @property
     def automatic_budget(self) -> AutomaticBudget | None:
-        """The choice behind `num_visual_tokens="auto"`, None where none was fitted. May be set.
+        """The choice behind `num_visual_tokens="auto"`, None where none was fitted on these weights. May be set.
 
         Raises:
             ValueError: what is stored is no choice, or one for another model.
         """
-        if self._automatic_budget is None and self._stored_automatic_budget is not None:
-            file, content = self._stored_automatic_budget
-            choice = AutomaticBudget.from_bytes(content, file)
-            choice.check(self.config.visual_token_scales, 2 * self.config.text_config.hidden_size, file)
-            self._automatic_budget = choice
-        return self._automatic_budget
+        return self._find_automatic_budget()[0]
 
     @automatic_budget.setter
     def automatic_budget(self, choice: AutomaticBudget | None) -> None:
         self._automatic_budget, self._stored_automatic_budget = choice, None
 
+    def _find_automatic_budget(self) -> tuple[AutomaticBudget | None, str]:
+        """The choice, and why there is none where there is none."""
+        stored = self._stored_automatic_budget
+        if stored is None:
+            return self._automatic_budget, "no choice was fitted for this checkpoint"
+        if stored.choice is None:
+            stored.choice = AutomaticBudget.from_bytes(stored.content, stored.file)
+        adapted = getattr(self, "_hf_peft_config_loaded", False)
+        if stored.choice.print is not None and (adapted or stored.choice.print != stored.weights.print()):
+            return None, f"the choice in {stored.file} was fitted on other weights than this model's"
+        stored.choice.check(self.config.visual_token_scales, 2 * self.config.text_config.hidden_size, stored.file)
+        return stored.choice, ""
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        stored = self._stored_automatic_budget
+        if stored is not None and stored.weights.print() is not None:  # asked for before its files may be replaced
+            weights = args[1] if len(args) > 1 else kwargs.get("state_dict")
+            stored.carries_on = stored.in_memory is not None and stored.in_memory == print_of_tensors(
+                self.state_dict() if weights is None else weights
+            )
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             self._save_automatic_budget(Path(save_directory))
@@ -296,9 +372,11 @@ class M3LlavaAutomaticBudgetMixin:
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _save_automatic_budget(self, folder: Path) -> None:
-        file = folder / AUTOMATIC_BUDGET_FILE
-        if self._stored_automatic_budget is not None:
-            _, content = self._stored_automatic_budget
+        file, stored = folder / AUTOMATIC_BUDGET_FILE, self._stored_automatic_budget
+        if stored is not None:
+            content = stored.content
+            if stored.carries_on and (saved := print_of_folder(folder)) is not None:
+                content = content.replace(stored.weights.print().encode(), saved.encode())  # if it was fitted on those
         elif self._automatic_budget is not None:
             content = self._automatic_budget.to_bytes()
         else:

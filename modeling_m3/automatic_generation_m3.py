@@ -153,11 +153,12 @@ class AutomaticGeneration:
             raise ValueError(
                 f'num_visual_tokens="auto": this checkpoint offers {offered[0]} alone, so there is no choice.'
             )
-        self.choice: AutomaticBudget | UnfittedBudget = model.automatic_budget or UnfittedBudget(offered)
-        if isinstance(self.choice, UnfittedBudget):
+        fitted, reason = model._find_automatic_budget()
+        self.choice: AutomaticBudget | UnfittedBudget = fitted or UnfittedBudget(offered)
+        if fitted is None:
             logger.warning_once(
-                'num_visual_tokens="auto": no choice was fitted for this checkpoint, so a careful rule is used, which takes '
-                "more tokens. m3-budget fits one: docs/automatic-budget.md."
+                f'num_visual_tokens="auto": {reason}, so a careful rule is used, which takes more tokens. m3-budget fits one: '
+                "docs/automatic-budget.md."
             )
         self.keep = self.choice.keep if keep is None else keep
         if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:

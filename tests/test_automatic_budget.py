@@ -26,6 +26,7 @@ from m3_training.m3_tiny.scenes import scene
 from modeling_m3 import M3LlavaForConditionalGeneration
 from modeling_m3.__main__ import app as m3_ask
 from modeling_m3.automatic_budget_m3 import AUTOMATIC_BUDGET_FILE, AutomaticBudget, Confidence, Network
+from modeling_m3.weights_print_m3 import print_of_folder
 
 
 TINY = modeling_m3.default_checkpoint()
@@ -366,6 +367,7 @@ def test_what_ships_is_fitted_and_small():
     file = TINY / AUTOMATIC_BUDGET_FILE
     choice = AutomaticBudget.from_bytes(file.read_bytes(), str(file))
     assert choice.scales == SCALES and choice.keep == 0.99
+    assert modeling_m3.load(TINY)[0].automatic_budget.print == choice.print == print_of_folder(TINY)
     assert file.stat().st_size <= max(200_000, 0.01 * (TINY / "model.safetensors").stat().st_size)
 
 

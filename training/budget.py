@@ -27,6 +27,7 @@ from m3_evaluation.own_data import METRICS
 from m3_evaluation.scores import RULE
 from modeling_m3.automatic_budget_m3 import AUTOMATIC_BUDGET_FILE
 from modeling_m3.checkpoint import check_checkpoint
+from modeling_m3.weights_print_m3 import print_of_folder
 
 from .budget_data import AskedPictures, read_labelled
 from .budget_fit import KEEPS, check_labelled, fit, number_of_networks
@@ -114,6 +115,7 @@ def fit_budget(arguments: BudgetArguments) -> Path:
     keeps = sorted({*KEEPS, *arguments.keep})
     with tqdm(total=number_of_networks(scales, start), desc="networks", disable=not sys.stderr.isatty()) as progress:
         choice, predicted = fit(samples, start, arguments.keep[0], keeps, arguments.seed, progress.update)
+    choice.print = print_of_folder(folder)
     model.automatic_budget = choice
     model._save_automatic_budget(folder)
     result = {

@@ -1,0 +1,1 @@
+../weights_print_m3.py

@@ -48,6 +48,23 @@ def _media_of(chat: Chat) -> list[Any]:
     ]
 
 
+def settings_of(
+    model: M3LlavaForConditionalGeneration,
+    processor: M3LlavaProcessor,
+    quantize: str | None,
+    image_grid_pinpoints: list[list[int]] | None = None,
+    visual_token_sampling: str | None = None,
+) -> dict[str, Any]:
+    """What answers depend on beside the checkpoint and the question, by the names that a run has for it."""
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantize": quantize,
+        "image_grid_pinpoints": image_grid_pinpoints,
+        "image_backend": processor.image_processor.backend,
+        "visual_token_sampling": visual_token_sampling or model.config.visual_token_sampling,
+    }
+
+
 @dataclass(frozen=True)
 class Answer:
     """What was answered at one scale.

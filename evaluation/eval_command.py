@@ -23,7 +23,7 @@ from modeling_m3.any_checkpoint import find
 from modeling_m3.checkpoint import read_config
 from modeling_m3.visual_tokens import AUTO, AUTO_NUMBER, SAMPLINGS
 
-from .answering import KEPT_BYTES, Answer, Answerer
+from .answering import KEPT_BYTES, Answer, Answerer, settings_of
 from .asking import ask_all
 from .checkpoints import fingerprint
 from .own_data import METRICS, Question, fingerprint_of, read_questions
@@ -154,11 +154,7 @@ def evaluate(
             scales=asked_at,
             tasks=names,
             settings={
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "quantize": quantize,
-                "image_grid_pinpoints": pinpoints,
-                "image_backend": processor.image_processor.backend,
-                "visual_token_sampling": sampling or model.config.visual_token_sampling,
+                **settings_of(model, processor, quantize, pinpoints, sampling),
                 "limit": limit,
                 "batch_size": batch_size,
                 "data": fingerprint_of(questions) if questions else None,

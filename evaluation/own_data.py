@@ -6,6 +6,7 @@ where given. NaN, which tables write for what is missing, is missing here.
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "Question",
     "anls",
     "contains",
+    "digest_of",
     "exact_match",
     "fingerprint_of",
     "is_missing",
@@ -92,11 +94,16 @@ def read_questions(
 
 def fingerprint_of(questions: list[Question]) -> str:
     """The print of what is asked and what is right, by which a run that goes on knows its questions."""
+    return digest_of(((q.id, q.text, q.written or q.answers), [*q.pictures, *q.videos]) for q in questions)
+
+
+def digest_of(parts: Iterable[tuple[Any, Iterable[Path | bytes]]]) -> str:
+    """64 hexadecimal digits of values, as `repr` writes them, and of the contents that belong to each, or their files."""
     digest = hashlib.sha256()
-    for question in questions:
-        digest.update(repr((question.id, question.text, question.written or question.answers)).encode())
-        for picture in [*question.pictures, *question.videos]:
-            digest.update(picture if isinstance(picture, bytes) else picture.read_bytes())
+    for value, contents in parts:
+        digest.update(repr(value).encode())
+        for content in contents:
+            digest.update(content if isinstance(content, bytes) else content.read_bytes())
     return digest.hexdigest()
 
 

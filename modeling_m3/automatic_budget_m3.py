@@ -50,7 +50,9 @@ def read_signals(hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
     Args:
         hidden_states: of all layers, (b, s, d) each, the embeddings first.
     """
-    return torch.cat([hidden_states[len(hidden_states) // 2][:, -1], hidden_states[-1][:, -1]], dim=-1).float()
+    last = hidden_states[-1][:, -1]
+    middle = hidden_states[len(hidden_states) // 2][:, -1].to(last.device)  # of a model that is spread over devices
+    return torch.cat([middle, last], dim=-1).float()
 
 
 class Confidence:

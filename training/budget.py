@@ -6,11 +6,11 @@ it was stopped, and another `--keep`, seed or network is fitted in moments. Noth
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
@@ -22,15 +22,16 @@ import modeling_m3
 from m3_conversion.json_files import read_json, write_json
 from m3_conversion.signals import interrupting
 from m3_conversion.whole_files import part_of, replacing
+from m3_evaluation.answering import settings_of
 from m3_evaluation.checkpoints import fingerprint
-from m3_evaluation.own_data import METRICS
+from m3_evaluation.own_data import METRICS, digest_of
 from m3_evaluation.scores import RULE
 from modeling_m3.automatic_budget_m3 import AUTOMATIC_BUDGET_FILE
 from modeling_m3.checkpoint import check_checkpoint
 from modeling_m3.weights_print_m3 import print_of_folder
 
-from .budget_data import AskedPictures, read_labelled
-from .budget_fit import KEEPS, check_labelled, fit, number_of_networks
+from .budget_data import AskedPictures, digest_of_asked, read_labelled
+from .budget_fit import KEEPS, check_labelled, check_numbers, fit, number_of_networks
 from .budget_report import curve, write_report
 from .budget_samples import Samples, ask, samples_of_run
 
@@ -72,6 +73,16 @@ class BudgetArguments:
         default=None, metadata={"help": "Of the questions, the first so many pictures' alone; not of a run."}
     )
     seed: int = field(default=0, metadata={"help": "Of the networks, and of the folds they are judged on."})
+    device_map: str | None = field(
+        default=None, metadata={"help": "Where to ask: cpu, cuda, auto, ... The GPU if there is one."}
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "To ask in: float32, float16, bfloat16; as the weights are stored by default."}
+    )
+    quantize: str | None = field(
+        default=None, metadata={"help": "To ask the language model in 4 bits (nf4) or 8 (int8)."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "As transformers names it."})
 
     def __post_init__(self) -> None:
         of_a_run = Path(self.data_path).is_dir()
@@ -98,28 +109,45 @@ def fit_budget(arguments: BudgetArguments) -> Path:
     check_checkpoint(folder)
     of_a_run = Path(arguments.data_path).is_dir()
     asked = [] if of_a_run else read_labelled(arguments.data_path, arguments.image_folder)[: arguments.limit]
-    model, processor = modeling_m3.load(folder)
+    if not of_a_run:
+        check_numbers(sum(len(group.questions) for group in asked), len(asked))
+    attention = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
+    model, processor = modeling_m3.load(
+        folder,
+        dtype=arguments.dtype,
+        quantize=arguments.quantize,
+        device_map=arguments.device_map or ("cuda" if torch.cuda.is_available() else "cpu"),
+        **attention,
+    )
     scales = processor.visual_token_scales
     if len(scales) < 2:
         raise ValueError(f"{folder} offers {scales[0]} visual tokens alone, so there is nothing to choose.")
     start = scales[min(1, len(scales) - 2)] if arguments.start is None else arguments.start
     if start not in scales[:-1]:
         raise ValueError(f"--start {start}: choose from {scales[:-1]}.")
-    checkpoint = fingerprint(folder)
+    checkpoint, weights = fingerprint(folder), print_of_folder(folder)
+    settings = settings_of(model, processor, arguments.quantize)
     if of_a_run:
-        samples = samples_of_run(Path(arguments.data_path), scales, checkpoint, arguments.metric)
-    _begin(output, arguments, checkpoint)
+        samples = samples_of_run(Path(arguments.data_path), scales, checkpoint, arguments.metric, settings)
+        check_labelled(samples, start)
+        facts = {"data": digest_of([((), [Path(arguments.data_path, "run.json")])])}
+    else:
+        facts = {"data": digest_of_asked(asked), "rule of scores": RULE}
+    _begin(output, arguments, {"checkpoint": checkpoint, **facts, **settings})
     if not of_a_run:
         samples = _ask_all(model.eval(), processor, asked, arguments, output)
-    check_labelled(samples, start)
+        check_labelled(samples, start)
     keeps = sorted({*KEEPS, *arguments.keep})
     with tqdm(total=number_of_networks(scales, start), desc="networks", disable=not sys.stderr.isatty()) as progress:
         choice, predicted = fit(samples, start, arguments.keep[0], keeps, arguments.seed, progress.update)
-    choice.print = print_of_folder(folder)
+    choice.print = weights
     model.automatic_budget = choice
     model._save_automatic_budget(folder)
+    given = asdict(arguments).items()
     result = {
-        "command": "m3-budget " + " ".join(f"--{name} {_shown(value)}" for name, value in asdict(arguments).items()),
+        "command": " ".join(
+            ["m3-budget", *(f"--{name} {_shown(value)}" for name, value in given if value is not None)]
+        ),
         **curve(samples, predicted, choice),
     }
     write_report(result, output)
@@ -147,16 +175,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _begin(output: Path, arguments: BudgetArguments, checkpoint: str) -> None:
+def _begin(output: Path, arguments: BudgetArguments, facts: dict[str, Any]) -> None:
     """Writes what is asked; where something was before, it must have been the same."""
-    data, file = Path(arguments.data_path), output / "asked.json"
-    about = {
-        "format": 2,
-        "checkpoint": checkpoint,
-        "data": hashlib.sha256((data / "run.json" if data.is_dir() else data).read_bytes()).hexdigest(),
-        **{name: getattr(arguments, name) for name in ("metric", "max_new_tokens", "limit")},
-        **({} if data.is_dir() else {"rule of scores": RULE}),
-    }
+    file = output / "asked.json"
+    chosen = {name: getattr(arguments, name) for name in ("metric", "max_new_tokens", "limit")}
+    about = {"format": 3, **facts, **chosen}
     if file.is_file() and (before := read_json(file)) != about:
         differs = next(name for name in about if before.get(name) != about[name])
         raise ValueError(f"--output_dir {output} holds answers of another {differs}: give another folder.")

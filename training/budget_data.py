@@ -1,12 +1,12 @@
 """Labelled questions for `m3-budget`, from LLaVA's data files and from those of `m3-eval --data`."""
 
-import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m3_evaluation.own_data import is_missing, read_questions
+from m3_evaluation.own_data import digest_of, is_missing, read_questions
 from modeling_m3.questions import check_question
 
 from .conversations import IMAGE_MARK
@@ -22,7 +22,8 @@ class AskedPictures:
         questions: texts, with a mark for each picture where the pictures do not simply come first.
         answers: what counts as right, for each question.
         kinds: of each question; "" where none is given.
-        group: which pictures these are; questions about the same are not independent.
+        group: the pictures' name; questions about the same are not independent.
+        contents: a digest of what the pictures hold.
     """
 
     pictures: list[Any]
@@ -30,10 +31,11 @@ class AskedPictures:
     answers: list[list[str]]
     kinds: list[str]
     group: str
+    contents: str = ""
 
 
 def read_labelled(file: str | Path, image_folder: str | Path | None) -> list[AskedPictures]:
-    """The questions of a file, together by picture.
+    """The questions of a file, together by what their pictures hold: copies of a picture are one.
 
     Args:
         file: LLaVA's JSON or JSONL, in which every turn by human is a question that the next turn answers; or a JSONL of
@@ -47,13 +49,21 @@ def read_labelled(file: str | Path, image_folder: str | Path | None) -> list[Ask
     records = read_records(file)
     folder = file.parent if image_folder is None else Path(image_folder)
     if all("question" in record for record in records):
-        return _by_picture(
-            [
-                AskedPictures(question.pictures, [question.text], [question.answers], [question.kind or ""], "")
-                for question in read_questions(file, folder)
-            ]
-        )
-    return _by_picture([_of_record(record, index, file, folder) for index, record in enumerate(records)])
+        questions = read_questions(file, folder)
+        without = next((question.id for question in questions if question.videos or not question.pictures), None)
+        if without is not None:
+            raise ValueError(
+                f"{file}, record {without!r} needs an image, and no video: of videos, give a run of m3-eval --signals."
+            )
+        parts = [AskedPictures(q.pictures, [q.text], [q.answers], [q.kind or ""], "") for q in questions]
+    else:
+        parts = [_of_record(record, index, file, folder) for index, record in enumerate(records)]
+    return _by_picture(parts, folder)
+
+
+def digest_of_asked(asked: Sequence[AskedPictures]) -> str:
+    """Which questions these are, whatever their pictures are called and wherever they lie."""
+    return digest_of(((group.contents, group.questions, group.answers, group.kinds), ()) for group in asked)
 
 
 def _of_record(record: dict[str, Any], index: int, file: Path, folder: Path) -> AskedPictures:
@@ -81,13 +91,17 @@ def _of_record(record: dict[str, Any], index: int, file: Path, folder: Path) -> 
     return AskedPictures(pictures, questions, [[answer] for answer in texts[1::2]], [kind] * len(questions), "")
 
 
-def _by_picture(parts: Sequence[AskedPictures]) -> list[AskedPictures]:
+def _by_picture(parts: Sequence[AskedPictures], folder: Path) -> list[AskedPictures]:
     together: dict[str, AskedPictures] = {}
+    contents: dict[tuple[Path | bytes, ...], str] = {}
     for part in parts:
-        names = (hashlib.sha256(held).hexdigest() if isinstance(held, bytes) else str(held) for held in part.pictures)
-        group = "\n".join(names).replace("\n", "|")
-        held = together.setdefault(group, AskedPictures(part.pictures, [], [], [], group))
+        key = tuple(part.pictures)
+        if key not in contents:
+            contents[key] = digest_of(((), [picture]) for picture in key)
+        names = ("" if isinstance(held, bytes) else str(held).removeprefix(f"{folder}{os.sep}") for held in key)
+        group = "|".join(name or contents[key] for name in names).replace("\n", "|")
+        held = together.setdefault(contents[key], AskedPictures(part.pictures, [], [], [], group, contents[key]))
         held.questions += part.questions
         held.answers += part.answers
-        held.kinds += part.kinds
+        held.kinds += [" ".join(kind.split()) for kind in part.kinds]
     return list(together.values())

@@ -28,7 +28,8 @@ FOLDS = 4
 ENSEMBLE = 3  # networks whose mean is one network, three times as wide
 SURE = 0.99
 KEEPS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 1.0)
-LEAST, WIDEST = 500, 0.05  # questions, and half the width of an interval of the share that is kept
+LEAST, LEAST_PICTURES = 500, 50  # questions, and pictures that they are about
+WIDEST = 0.05  # half the width of an interval of the share that is kept
 LEAST_GAIN = 0.02  # of the finest scale over the first pass
 PRICES = np.geomspace(0.01, 8, 25)
 
@@ -63,8 +64,19 @@ class Outcome:
     path: np.ndarray
 
 
+def check_numbers(questions: int, pictures: int) -> None:
+    """Raises `ValueError` where questions, or the pictures that they are about, are too few whatever is answered."""
+    if questions < LEAST or pictures < LEAST_PICTURES:
+        raise ValueError(
+            f"{questions} question(s) about {pictures} picture(s) are too few to tell what share of accuracy is kept: at least "
+            f"{LEAST} questions about {LEAST_PICTURES} pictures are needed."
+        )
+
+
 def check_labelled(samples: Samples, start: int) -> None:
     """Raises `ValueError` where questions are too few to tell what is kept, or none of them needs more tokens."""
+    pictures = len(set(samples.groups.tolist()))
+    check_numbers(len(samples), pictures)
     finest, first = samples.scores[:, -1], samples.scores[:, list(samples.scales).index(start)]
     weights = equal_weights(samples.kinds)
     if (finest * weights).sum() - (first * weights).sum() < LEAST_GAIN:
@@ -72,14 +84,13 @@ def check_labelled(samples: Samples, start: int) -> None:
             f"At {samples.scales[-1]} visual tokens these questions are answered {(finest * weights).sum():.1%} right, at {start} "
             f"{(first * weights).sum():.1%}: none needs detail, so there is nothing to choose. Add questions that do."
         )
-    # Of the share that is kept, where each question weighs the same; pictures are taken to be independent.
-    deviation = np.std(finest - first) / np.mean(finest)
-    width = 1.96 * deviation / np.sqrt(len(samples))
-    if width > WIDEST or len(samples) < LEAST:
-        needed = max(LEAST, int(np.ceil((1.96 * deviation / WIDEST) ** 2)))
+    # Of the share that is kept, where each question weighs the same.
+    difference = (finest - first) / finest.mean() / len(samples)
+    width = 1.96 * _error(samples, difference - difference.mean())
+    if width > WIDEST:
         raise ValueError(
-            f"{len(samples)} questions tell the share of accuracy that is kept to {100 * width:.1f} points: at least {needed} are "
-            f"needed, for {100 * WIDEST:g} points."
+            f"{len(samples)} questions about {pictures} pictures tell the share of accuracy that is kept to {100 * width:.1f} "
+            f"points: at least {int(np.ceil(pictures * (width / WIDEST) ** 2))} pictures are needed, for {100 * WIDEST:g} points."
         )
 
 
@@ -184,8 +195,13 @@ def kept_share(samples: Samples, score: np.ndarray, weights: np.ndarray) -> tupl
     finest = samples.scores[:, -1]
     full = (finest * weights).sum()
     kept = (score * weights).sum() / full
-    by_picture = np.bincount(np.unique(samples.groups, return_inverse=True)[1], weights * (score - kept * finest))
-    return float(kept), float(np.sqrt((by_picture**2).sum()) / full)
+    return float(kept), float(_error(samples, weights * (score - kept * finest)) / full)
+
+
+def _error(samples: Samples, values: np.ndarray) -> float:
+    """The standard error of a sum of values (n,) whose mean is 0, where pictures are independent and questions about one are not."""
+    by_picture = np.bincount(np.unique(samples.groups, return_inverse=True)[1], values)
+    return np.sqrt((by_picture**2).sum())
 
 
 def _out_of_fold(

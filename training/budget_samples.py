@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from os.path import commonprefix
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ def ask(
         score: of an answer and what counts as right, between 0 and 1.
         max_new_tokens: of an answer.
     """
-    scales = processor.visual_token_scales
+    scales = processor.visual_token_scales  # ascending
     prompts = [prompt_ids(processor, question, len(asked.pictures)) for question in asked.questions]
     inputs = processor.image_processor(asked.pictures, return_tensors="pt")
     encoded = model.encode_images(
@@ -122,20 +123,39 @@ def ask(
     )
 
 
-def samples_of_run(folder: Path, scales: Sequence[int], fingerprint: str, metric: str | None = None) -> Samples:
+def samples_of_run(
+    folder: Path,
+    scales: Sequence[int],
+    fingerprint: str,
+    metric: str | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Samples:
     """The outcomes that `m3-eval --signals` kept.
 
     Args:
         folder: a complete run.
         scales, fingerprint: of the checkpoint that must have been asked.
         metric: of all its tasks; what each is meant by if None.
+        settings: that it must have been asked with, see `settings_of`; any if None.
 
     Raises:
-        ValueError: the run is another checkpoint's, or keeps no signals; or a task has no such metric, or one that is no share.
+        ValueError: the run is another checkpoint's, was asked with other settings, or keeps no signals; or a task has no such
+            metric, or one that is no share.
     """
     run = read_run(folder)
-    if run.fingerprint != fingerprint or run.scales != sorted(scales):
+    if run.fingerprint != fingerprint or run.scales != list(scales):
         raise ValueError(f"{folder} is a run of another checkpoint, {run.checkpoint}, or not at all its scales.")
+    for name, wanted in (settings or {}).items():
+        found = run.settings.get(name)
+        found = (
+            found if name != "image_grid_pinpoints" or found != run.config.get(name) else None
+        )  # the checkpoint's own
+        if found != wanted:
+            also = f", or give m3-budget --{name} {found}" if name in ("dtype", "quantize") and found else ""
+            raise ValueError(
+                f"{folder} is a run with {name} {found}, but this checkpoint is asked with {name} {wanted}: run m3-eval "
+                f"--signals so, into a new folder{also}."
+            )
     parts = []
     for name in run.tasks:
         stored = read_task_signals(task_file(folder, name).parent)
@@ -187,7 +207,7 @@ def _answer(
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     embeds = model.get_input_embeddings()(ids)
     images = (ids == processor.image_token_id) & mask.bool()
-    embeds[images] = features.to(embeds.dtype).repeat(len(rows), 1)[: images.sum()]
+    embeds[images] = features.to(embeds).repeat(len(rows), 1)[: images.sum()]
     prefix = language_model(inputs_embeds=embeds[:1, :shared], position_ids=positions[:1, :shared], use_cache=True)
     cache = getattr(prefix, CACHE_NAME)
     cache.batch_repeat_interleave(len(rows))
@@ -201,12 +221,12 @@ def _answer(
     )
     signal = read_signals(output.hidden_states)
     ends = model.generation_config.eos_token_id
-    ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=device)
+    ends = torch.tensor([] if ends is None else ends if isinstance(ends, list) else [ends], device=device)
     confidence, done = Confidence(len(rows), device), torch.zeros(len(rows), dtype=torch.bool, device=device)
     answers: list[list[int]] = [[] for _ in rows]
     hidden, position = output.last_hidden_state[:, -1:], positions[:, -1:]
     for step in range(max_new_tokens):
-        logits = model.get_logits(hidden)[:, -1].float()
+        logits = model.get_logits(hidden)[:, -1].to(device).float()
         token = logits.argmax(-1)
         if step < PROBE_TOKENS:
             confidence.add(logits, ~done)

@@ -145,7 +145,7 @@ def main(
     data = folder / "questions" / "questions.json"
     if not data.is_file():
         write_questions(fitted_on(scenes, max(1, EASY_VQA_PICTURES * scenes // SCENES)), data.parent)
-    fit_budget(BudgetArguments(str(checkpoint), str(data), str(folder / "fit"), start=START))
+    fit_budget(BudgetArguments(str(checkpoint), str(data), str(folder / "fit"), start=START, device_map="cpu"))
     measure(folder, checkpoint, pictures)
 
 

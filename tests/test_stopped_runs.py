@@ -228,8 +228,9 @@ def test_m3_analyze_begins_anew(number, m3_eval, sends, tmp_path, monkeypatch):
 
 
 @NUMBERS
-def test_m3_budget_says_how_it_goes_on(number, data, sends, tmp_path, capsys):
+def test_m3_budget_says_how_it_goes_on(number, data, sends, tmp_path, capsys, monkeypatch):
     sends(budget, "ask", number)
+    monkeypatch.setattr(budget, "check_numbers", lambda questions, pictures: None)  # a few questions will do
     arguments = ["--model_name_or_path", TINY, "--data_path", str(data), "--output_dir", str(tmp_path / "out")]
     assert budget.main(arguments) == 128 + number
     assert capsys.readouterr().err.splitlines()[-1] == "m3-budget: stopped; the same command goes on"
@@ -241,9 +242,9 @@ def test_m3_budget_goes_on_where_it_was_killed_before_it_had_written_anything(da
     with monkeypatch.context() as patched:
         kill_at(patched, "asked.json", "replace")
         with pytest.raises(Killed):
-            budget._begin(tmp_path / "out", arguments, "print")
+            budget._begin(tmp_path / "out", arguments, {"checkpoint": "print"})
     assert [file.name for file in (tmp_path / "out").iterdir()] == [".asked.json.part"]
-    budget._begin(tmp_path / "out", arguments, "print")
+    budget._begin(tmp_path / "out", arguments, {"checkpoint": "print"})
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["asked.json"]
 
 

@@ -5,6 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+
+LOCK = ".lock"
+
 
 @contextmanager
 def replacing(file: Path, mark: str = "") -> Iterator[Path]:
@@ -26,6 +31,24 @@ def replacing(file: Path, mark: str = "") -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def used_alone(folder: Path, by: str) -> Iterator[None]:
+    """Keeps other processes of this machine from a folder that is there, by a lock in it, until the end of the block.
+
+    Raises:
+        ValueError: one has it; `by` says what kind of process, as "m3-eval".
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{folder}: another {by} writes to it. Wait for its end, or name another folder.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(file: Path, text: str) -> None:

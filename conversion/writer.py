@@ -192,8 +192,10 @@ def _working(destination: Path) -> Iterator[None]:
         ConversionError: another process has it, or it is not ours.
     """
     workplace = _workplace(destination)
-    if workplace.exists() and not (workplace / _LOCK).exists() and any(workplace.iterdir()):
-        raise ConversionError(f"{workplace} is in the way, and was not made here: move it away")
+    with suppress(FileNotFoundError):
+        there = set(os.listdir(workplace))  # at one moment: another process may be making its lock
+        if there and _LOCK not in there:
+            raise ConversionError(f"{workplace} is in the way, and was not made here: move it away")
     lock = FileLock(workplace / _LOCK)
     try:
         _acquire(lock, workplace, destination)

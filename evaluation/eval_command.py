@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import sys
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers.utils import logging
 
 from m3_conversion.__main__ import VERSION
 from m3_conversion.signals import interrupting, stopping
-from m3_conversion.whole_files import part_of
+from m3_conversion.whole_files import part_of, used_alone
 from m3_conversion.written_numbers import parse_numbers
 from modeling_m3.any_checkpoint import find
 from modeling_m3.checkpoint import read_config
@@ -167,26 +168,27 @@ def evaluate(
         if accelerator.is_main_process:
             _begin(output, run)
         accelerator.wait_for_everyone()
-        for name in names:
-            file = task_file(output, name)
-            if not file.is_file():
-                with interrupting():
-                    if questions:
-                        done = _ask(answerer, run, name, questions, output, batch_size, max_new_tokens, metric)
-                    else:
-                        from .benchmark_tasks import AllScales, run_task
+        with used_alone(output, "m3-eval") if accelerator.is_main_process else nullcontext():
+            for name in names:
+                file = task_file(output, name)
+                if not file.is_file():
+                    with interrupting():
+                        if questions:
+                            done = _ask(answerer, run, name, questions, output, batch_size, max_new_tokens, metric)
+                        else:
+                            from .benchmark_tasks import AllScales, run_task
 
-                        asked = AllScales(answerer, run.scales, batch_size, output, accelerator)
-                        done = run_task(name, found_tasks[name], asked, limit)
-                if done is not None and accelerator.is_main_process:
-                    task, samples, gathered = done
-                    if gathered is not None:
-                        write_signals(file.parent, gathered)
-                    write_task(output, task, samples)
-                    print(_line(task, samples, run.scales))
-            if file.is_file() and accelerator.is_main_process:
-                for record in file.parent.glob("answers.*.jsonl"):
-                    record.unlink()
+                            asked = AllScales(answerer, run.scales, batch_size, output, accelerator)
+                            done = run_task(name, found_tasks[name], asked, limit)
+                    if done is not None and accelerator.is_main_process:
+                        task, samples, gathered = done
+                        if gathered is not None:
+                            write_signals(file.parent, gathered)
+                        write_task(output, task, samples)
+                        print(_line(task, samples, run.scales))
+                if file.is_file() and accelerator.is_main_process:
+                    for record in file.parent.glob("answers.*.jsonl"):
+                        record.unlink()
         if accelerator.is_main_process:
             print(f"m3-eval: all is in {output}; m3-analyze {output} --output REPORT says what it means")
     except (ValueError, OSError, SafetensorError, NotImplementedError) as error:

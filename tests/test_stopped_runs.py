@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,16 @@ def test_killed_inside_its_writing_it_goes_on_to_the_same(name, step, m3_eval, t
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
+def test_a_folder_that_another_one_writes_to_is_left_to_it(m3_eval, tmp_path):
+    assert m3_eval(tmp_path / "run").exit_code == 0
+    shutil.rmtree(tmp_path / "run" / "tasks")
+    with whole_files.used_alone(tmp_path / "run", "m3-eval"):
+        refused = m3_eval(tmp_path / "run")
+    assert refused.exit_code == 1 and "run: another m3-eval writes to it" in refused.stderr
+    assert not (tmp_path / "run" / "tasks").exists()
+    assert m3_eval(tmp_path / "run").exit_code == 0
+
+
 def test_parts_of_lines_of_other_processes_end_nothing(m3_eval, tmp_path):
     for folder in ("run", "whole"):
         assert m3_eval(tmp_path / folder, "--limit", 1).exit_code == 0
@@ -133,7 +144,8 @@ def test_killed_at_every_step_it_goes_on_to_the_same(data, tmp_path):
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["differing"] == {}
-    assert len(found["steps"]) > 20 and not [name for name in found["files"] if Path(name).name.startswith(".")]
+    hidden = {Path(name).name for name in found["files"] if Path(name).name.startswith(".")}
+    assert len(found["steps"]) > 20 and hidden == {whole_files.LOCK}
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="names an open file by Linux's /proc")

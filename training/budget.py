@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 import modeling_m3
 from m3_conversion.json_files import read_json, write_json
 from m3_conversion.signals import interrupting
-from m3_conversion.whole_files import part_of, replacing
+from m3_conversion.whole_files import part_of, replacing, used_alone
 from m3_evaluation.answering import settings_of
 from m3_evaluation.checkpoints import fingerprint
 from m3_evaluation.own_data import METRICS, digest_of
@@ -135,7 +135,8 @@ def fit_budget(arguments: BudgetArguments) -> Path:
         facts = {"data": digest_of_asked(asked), "rule of scores": RULE}
     _begin(output, arguments, {"checkpoint": checkpoint, **facts, **settings})
     if not of_a_run:
-        samples = _ask_all(model.eval(), processor, asked, arguments, output)
+        with used_alone(output, "m3-budget"):
+            samples = _ask_all(model.eval(), processor, asked, arguments, output)
         check_labelled(samples, start)
     keeps = sorted({*KEEPS, *arguments.keep})
     with tqdm(total=number_of_networks(scales, start), desc="networks", disable=not sys.stderr.isatty()) as progress:

@@ -127,6 +127,17 @@ def test_pictures_are_known_by_what_they_hold(tmp_path):
         begin(moved, out)
 
 
+@pytest.mark.parametrize(("content", "message"), [
+    ("[]", "holds answers of another format"), ('{"format": 2}', "holds answers of another format"), ("{", r"asked\.json is not valid JSON"),
+])  # fmt: skip
+def test_what_was_asked_before_may_be_anything(content, message, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "asked.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        begin(written(tmp_path / "data"), tmp_path / "out")
+    assert (tmp_path / "out" / "asked.json").read_text() == content
+
+
 def test_another_precision_is_another_set_of_answers(tmp_path):
     data = written(tmp_path / "data")
     begin(data, tmp_path / "out", dtype="float32", quantize=None)

@@ -181,9 +181,11 @@ def _begin(output: Path, arguments: BudgetArguments, facts: dict[str, Any]) -> N
     file = output / "asked.json"
     chosen = {name: getattr(arguments, name) for name in ("metric", "max_new_tokens", "limit")}
     about = {"format": 3, **facts, **chosen}
-    if file.is_file() and (before := read_json(file)) != about:
-        differs = next(name for name in about if before.get(name) != about[name])
-        raise ValueError(f"--output_dir {output} holds answers of another {differs}: give another folder.")
+    if file.is_file():
+        before = read_json(file)
+        differs = [name for name in about if not isinstance(before, dict) or before.get(name) != about[name]]
+        if differs:
+            raise ValueError(f"--output_dir {output} holds answers of another {differs[0]}: give another folder.")
     if not file.is_file() and output.is_dir() and {*output.iterdir()} - {part_of(file)}:
         raise ValueError(f"--output_dir {output} has other files: give a new folder, or one of a run that was stopped.")
     write_json(file, about)

@@ -609,3 +609,26 @@ def test_the_card_is_of_the_checkpoint_that_was_best(train, tmp_path):
     best = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["best_global_step"]
     assert best < 3 and f"| Steps | {best} of 2 samples |" in card
     assert trained_on(tmp_path / "out").startswith(f"{2 * best} records, ")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("max_steps", "4"),
+        ("processes", None),
+        ("data_path", {"print": "a"}),
+        ("image_folder", {"path": "", "bytes": []}),
+    ],
+)
+def test_a_record_that_was_edited_is_refused_by_its_name(name, value, tmp_path):
+    whole = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "processes": 1, "max_steps": 4}
+    whole |= {
+        "num_train_epochs": 3.0,
+        "data_path": {"records": 1, "print": "a"},
+        "image_folder": {"path": "", "bytes": {}},
+    }
+    write_json(tmp_path / "run.json", whole)
+    assert read_run(tmp_path / "run.json") == whole
+    write_json(tmp_path / "run.json", {**whole, name: value})
+    with pytest.raises(ValueError, match="run.json does not hold what a run depends on: name another output_dir"):
+        read_run(tmp_path / "run.json")

@@ -34,6 +34,12 @@ _SAMPLED = 64  # records: their pictures are looked at, and the texts of records
 _OF_THE_FOLDER = ("output_dir", "local_rank")
 _SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
 _LENGTH = ("max_steps", "num_train_epochs")
+_FORM = {  # of what is compared otherwise than as a whole
+    **dict.fromkeys(_SPLIT, int),
+    **dict.fromkeys(_LENGTH, (int, float)),
+    "data_path": {"records": int, "print": str},
+    "image_folder": {"path": str, "bytes": dict},
+}
 _OF_ONE_PROCESS = "whole"
 _VERSIONS = ("m3-hf", "transformers", "torch")
 
@@ -82,7 +88,7 @@ def describe_run(
         "data_path": _data(data_arguments.data_path, records),
         "image_folder": {"path": data_arguments.image_folder, "bytes": _sizes(data_arguments.image_folder, records)},
         "matryoshka_scales": arguments.scales(processor.visual_token_scales),
-        "chat template": {"print": _print([json.dumps(processor.chat_template)])},
+        "chat template": {"print": _print([json.dumps(processor.chat_template, sort_keys=True)])},
         "processes": arguments.world_size,
         "precision of the launcher": arguments.mixed_precision,
         "checkpoints": _way_to_store(arguments),
@@ -106,8 +112,7 @@ def read_run(file: Path) -> Facts:
         ValueError: a file that holds anything else.
     """
     facts = read_json(file)
-    known = isinstance(facts, dict) and {*_SPLIT, *_LENGTH} <= facts.keys()
-    if not known or not all(isinstance(facts.get(name), dict) for name in ("data_path", "image_folder")):
+    if not _holds(facts, _FORM):
         raise ValueError(f"{file} does not hold what a run depends on: name another output_dir, or remove it.")
     return facts
 
@@ -135,6 +140,13 @@ def compare(then: Mapping[str, Any], now: Facts, planned_steps: int) -> list[Cha
             moved = _has_print(before) and _has_print(after) and before["print"] == after["print"]
             changes.append(Change(name, before, after, moved or name in harmless))
     return [change for change in changes if change is not None]
+
+
+def _holds(value: Any, form: Any) -> bool:
+    """Whether a value is of a type, or a dictionary that holds values of types by their names, and any others."""
+    if not isinstance(form, dict):
+        return isinstance(value, form)
+    return isinstance(value, dict) and all(_holds(value.get(name), inner) for name, inner in form.items())
 
 
 def _split(then: Mapping[str, Any], now: Facts) -> Change | None:
@@ -238,7 +250,7 @@ def _default(name: str, otherwise: Any) -> Any:
 
 
 def _has_print(value: Any) -> bool:
-    return isinstance(value, dict) and "print" in value
+    return _holds(value, {"print": str})
 
 
 def _shown(value: Any) -> str:

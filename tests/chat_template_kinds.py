@@ -80,9 +80,15 @@ KINDS = {
         ),
         one(" A dog.</s>", " Brown.</s>"),
     ),
+    # A space after the name of a side in turns, and none in prompts.
     "llava-onevision": Kind(
-        _loop(_CHATML.replace("CONTENT", _IMAGES_FIRST.replace(" + ' '", "")), _PROMPT),
-        one("A dog.<|im_end|>", "Brown.<|im_end|>"),
+        _loop(
+            "{{ '<|im_start|>' + m['role'] + ' ' }}"
+            + _IMAGES_FIRST.replace("<image>\n", "<image>").replace("p['text'] + ' '", "'\n' + p['text']")
+            + "{{ '<|im_end|>' }}",
+            _PROMPT,
+        ),
+        [["A dog.<|im_end|>"], ["Brown.<|im_end|>"]],
     ),
     # A default system turn, texts or parts.
     "qwen2-vl": Kind(

@@ -12,6 +12,7 @@ from conftest import GOLDENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_training_conversations import Prompts, talk
+from tokenizers import AddedToken
 from transformers import AutoProcessor
 
 from m3_conversion.tokenizer import build_tokenizer
@@ -141,6 +142,54 @@ def test_a_text_with_a_special_token_is_refused_and_others_are_not(token, tokeni
     with pytest.raises(ChatTemplateError, match=rf"text of turn 1 \(user\) holds {re.escape(repr(token))}"):
         template.write(turns([f"What is {token}?", "A token."]))
     assert template.write(turns(["What is <b>?", "A tag."]))
+
+
+def test_half_of_a_surrogate_pair_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"holds '\\udfff', half of a surrogate pair"):
+        encode(talk("Hi", "Yes\udfff"), "chat_template", Prompts(tokenizer, KINDS["qwen2-vl"].template))
+
+
+def test_what_is_written_otherwise_between_two_texts_is_not_blamed_on_the_first(tokenizer):
+    template = (
+        "{% for m in messages %}{{ 'Hm. ' if 'so' in m.content else 'Well. ' }}{{ m.content + eos_token }}{% endfor %}"
+    )
+    with pytest.raises(ChatTemplateError, match=r"changes what follows the text of turn 1 \(user\), 'Why\?'"):
+        ChatTemplate(tokenizer, template, "<image>").write(turns(["Why?", "Just so."]))
+
+
+def test_a_template_that_takes_one_question_alone_is_given_what_it_reads(tokenizer):
+    template = (
+        "{% if messages | length > 2 %}{{ raise_exception('one question') }}{% endif %}{{ 'Q: ' + messages[0].content + '\nA:' }}"
+        "{% if messages | length > 1 %}{{ ' ' + messages[1].content + eos_token }}{% endif %}"
+    )
+    (written,) = ChatTemplate(tokenizer, template, "<image>").write(turns(CONVERSATION[:2]))
+    assert written.text == "Q: <image>\nWhat is it?\nA: A dog.</s>"
+    assert [written.text[r.start : r.stop] for r in written.answers] == [" A dog.</s>"]
+
+
+def test_a_special_token_that_takes_the_space_after_it_stays_with_the_prompt():
+    tokenizer = build_tokenizer(GOLDENS / "tokenizer_v1")
+    tokenizer.add_tokens(
+        [AddedToken("<|assistant|>", special=True, normalized=False, rstrip=True)], special_tokens=True
+    )
+    template = (
+        "{% for m in messages %}{{ '<|assistant|>\n' if m.role == 'assistant' }}{{ m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    encoded = encode(talk("Hi", "  A dog."), "chat_template", Prompts(tokenizer, template))
+    prompt = tokenizer("Hi</s><|assistant|>")["input_ids"]
+    assert encoded.input_ids[: len(prompt)] == prompt and set(encoded.labels[: len(prompt)]) == {IGNORE_INDEX}
+    assert encoded.labels[len(prompt) :] == tokenizer("Hi</s><|assistant|>\n  A dog.</s>")["input_ids"][len(prompt) :]
+    assert tokenizer.decode(encoded.labels[len(prompt) :]) == "A dog.</s>"
+
+
+def test_of_several_chat_templates_the_default_one_is_used(like):
+    one = like(KINDS["llava-1.5"].template)
+    several = like({"tool_use": "{{ raise_exception('no tools') }}", "default": KINDS["llava-1.5"].template})
+    conversation = talk("Hi", "Yes")
+    assert encode(conversation, "chat_template", several) == encode(conversation, "chat_template", one)
+    with pytest.raises(ValueError, match="the chat templates tool_use, rag, and none of them is called default"):
+        encode(conversation, "chat_template", like({"tool_use": "", "rag": ""}))
 
 
 def test_answers_without_a_text_are_not_supervised(tokenizer):

@@ -82,6 +82,9 @@ class ChatTemplate:
         tokenizer: whose special tokens it may write.
         template: in Jinja.
         image_token: what it writes for an image.
+
+    Attributes:
+        special_ids: of the tokenizer's special tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, image_token: str):
@@ -89,6 +92,7 @@ class ChatTemplate:
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = {token for token in (*tokenizer.all_special_tokens, *added) if token}
         self._ends = ({tokenizer.eos_token} | self._special - {tokenizer.bos_token, image_token}) - {None}
+        self.special_ids = set(tokenizer.convert_tokens_to_ids(sorted(self._special)))
         self._content = self._fitting_content()
 
     def write(self, turns: Sequence[Turn]) -> list[Written]:
@@ -98,7 +102,7 @@ class ChatTemplate:
 
         Raises:
             ChatTemplateError: the template drops, repeats, moves or changes a text, by the number of its turn; it fails; it
-                begins an answer otherwise than the prompt for one ends; or a text holds a special token of the tokenizer's.
+                begins an answer otherwise than the prompt for one ends, but for white space; or a text holds a special token of the tokenizer's.
         """
         for index, turn in enumerate(turns):
             self._check_plain(index, turn)
@@ -117,12 +121,13 @@ class ChatTemplate:
             Turn("user", "Where?"),
             Turn("assistant", "There."),
         ]
-        for content in _CONTENTS:
-            try:
-                self._written(chat, content)
-                return content
-            except ChatTemplateError:
-                continue
+        for turns in (chat, chat[:2]):  # since some take one question alone
+            for content in _CONTENTS:
+                try:
+                    self._written(turns, content)
+                    return content
+                except ChatTemplateError:
+                    continue
         # None fits, and records are refused for what is missing under the one that it reads most of.
         return max(_CONTENTS, key=lambda content: self._texts_read(chat, content))
 
@@ -164,14 +169,15 @@ class ChatTemplate:
         begun, before = (
             text[text.rfind(earlier) + len(earlier) :] if earlier else text for text in (prompt, outline[:place])
         )
-        if not before.startswith(begun):
+        length = _length_begun(begun, before)
+        if length is None:
             raise ChatTemplateError(
                 f"the chat template ends its prompt for turn {index + 1} with {_short(begun)}, and the same turn, once it is there, "
                 f"begins with {_short(before)}"
             )
         stop = place + len(names[index])
         end = self._end_of_turn(outline[stop:])
-        return _Answer(index, prompt, outline, place - len(before) + len(begun), place, stop + end, end > 0)
+        return _Answer(index, prompt, outline, place - len(before) + length, place, stop + end, end > 0)
 
     def _end_of_turn(self, tail: str) -> int:
         """How much of what follows a text is the end of its turn: up to its first special token, or else to its last word."""
@@ -266,7 +272,8 @@ def _places(outline: str, text: str, turns: Sequence[Turn], names: Sequence[str]
             if text.startswith(given + after, cursor) and (follows < len(outline) or stop == len(text)):
                 break
         else:
-            raise _fault("changes", index, turns)
+            as_it_is = any(text.startswith(given, cursor) for given in _with_ends_trimmed(turns[index].text))
+            raise _fault("changes what follows" if as_it_is else "changes", index, turns)
         places[index] = (cursor, cursor + len(given))
         cursor = stop
     return places
@@ -276,6 +283,23 @@ def _moved(answer: _Answer, place: tuple[int, int], names: Sequence[str]) -> tup
     """Where what is supervised of an answer begins and ends, given where its text does."""
     begin, end = place
     return begin - (answer.place - answer.start), end + answer.stop - (answer.place + len(names[answer.turn]))
+
+
+def _length_begun(begun: str, before: str) -> int | None:
+    """How much of what a template writes before an answer the end of its prompt stands for; None where it is another beginning.
+
+    White space may differ (that of LLaVA-OneVision has a space after the name of a side in turns, and none in prompts): what
+    both have at their ends counts once.
+    """
+    if before.startswith(begun):
+        return len(begun)
+    rest, space = before, begun[len(begun.rstrip()) :]
+    for character in "".join(begun.split()):
+        rest = rest.lstrip()
+        if not rest.startswith(character):
+            return None
+        rest = rest[1:]
+    return len(before) - len(rest.removeprefix(space) if rest.startswith(space) else rest.lstrip())
 
 
 def _with_ends_trimmed(text: str) -> list[str]:

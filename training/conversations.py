@@ -9,6 +9,7 @@ that the labels are the original's. The template "chat_template" is not the orig
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -98,6 +99,8 @@ _Turns = list[tuple[str, str]]
 def _turn(turn: Any) -> tuple[str, str]:
     if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt") or not isinstance(turn.get("value"), str):
         raise ValueError(f'a turn must be {{"from": "human" or "gpt", "value": text}}, not {turn!r}')
+    if half := re.search("[\ud800-\udfff]", turn["value"]):
+        raise ValueError(f"a text holds {half[0]!r}, half of a surrogate pair, which is no character")
     return turn["from"], turn["value"]
 
 
@@ -233,7 +236,7 @@ def _v0(turns: _Turns, processor: M3LlavaProcessor, max_length: int | None) -> E
 
 def _chat_template(turns: _Turns, processor: M3LlavaProcessor, max_length: int | None) -> Encoded:
     """The checkpoint's own."""
-    template = _own_template(processor.tokenizer, processor.chat_template, processor.image_token)
+    template = _own_template(processor.tokenizer, _default_template(processor), processor.image_token)
     roles = {"human": "user", "gpt": "assistant"}
     chat = [
         Turn(roles[speaker], text.replace(IMAGE_MARK, "").strip() if images else text, images)
@@ -241,7 +244,7 @@ def _chat_template(turns: _Turns, processor: M3LlavaProcessor, max_length: int |
         for images in [text.count(IMAGE_MARK)]
     ]
     written = template.write(chat)
-    sequences = [_mask_characters(one.text, one.answers, processor.tokenizer) for one in written]
+    sequences = [_mask_characters(one.text, one.answers, processor.tokenizer, template.special_ids) for one in written]
     lengths = tuple(len(input_ids) for input_ids, _ in sequences)
     return Encoded(
         [token for input_ids, _ in sequences for token in input_ids],
@@ -250,6 +253,18 @@ def _chat_template(turns: _Turns, processor: M3LlavaProcessor, max_length: int |
         lengths=lengths if len(lengths) > 1 else (),
         adds_end=any(one.adds_end for one in written),
     )
+
+
+def _default_template(processor: M3LlavaProcessor) -> str | None:
+    """The checkpoint's; of several that have names, the one that is used where none is named."""
+    template = processor.chat_template
+    if not isinstance(template, dict):
+        return template
+    if "default" not in template:
+        raise ValueError(
+            f"the checkpoint has the chat templates {', '.join(template)}, and none of them is called default"
+        )
+    return template["default"]
 
 
 @lru_cache(maxsize=4)
@@ -262,7 +277,7 @@ def _own_template(tokenizer: PreTrainedTokenizerBase, template: str | None, imag
 
 
 def _mask_characters(
-    text: str, answers: list[range], tokenizer: PreTrainedTokenizerBase
+    text: str, answers: list[range], tokenizer: PreTrainedTokenizerBase, special_ids: set[int]
 ) -> tuple[list[int], list[int]]:
     """The tokens of a text, and labels of those that hold a character of an answer."""
     starts_with_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
@@ -271,8 +286,13 @@ def _mask_characters(
     labels = [IGNORE_INDEX] * len(input_ids)
     index = 0
     for answer in answers:
-        # A space at the end of a prompt may be in the answer's first token, and a token of no characters before it.
-        while index < len(offsets) and offsets[index][0] < answer.start and offsets[index][1] <= answer.start:
+        # A space at the end of a prompt may be in the answer's first token, and a token of no characters before it. A special
+        # token at the end of a prompt may hold white space that an answer begins with.
+        while (
+            index < len(offsets)
+            and offsets[index][0] < answer.start
+            and (offsets[index][1] <= answer.start or input_ids[index] in special_ids)
+        ):
             index += 1
         while index < len(offsets) and offsets[index][0] < answer.stop and answer.start <= offsets[index][1]:
             labels[index] = input_ids[index]

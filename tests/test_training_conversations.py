@@ -149,6 +149,10 @@ def test_placeholders_are_never_supervised_and_labels_are_the_inputs(template, t
     texts[0] = IMAGE_MARK * marks + texts[0] + "?"
     if template == "plain":
         texts = [IMAGE_MARK + texts[0], texts[1]]
+    if template == "chat_template" and any(token in text for text in texts for token in ("<s>", "</s>")):
+        with pytest.raises(ValueError, match="special token"):  # which the original's templates let through
+            encode(talk(*texts), template, processor)
+        return
     encoded = encode(talk(*texts), template, processor)
     assert len(encoded.labels) == len(encoded.input_ids)
     for token, label in zip(encoded.input_ids, encoded.labels):

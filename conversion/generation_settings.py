@@ -12,11 +12,12 @@ from .original import ConversionError
 
 logger = logging.getLogger(__name__)
 
-# Settings that sampling alone reads, each with its largest value; the smallest is 0.
+# Settings that sampling alone reads, each with its largest value; the smallest is 0, of some a number above it.
 SAMPLING = {
     **{"temperature": math.inf, "top_k": math.inf},
     **dict.fromkeys(("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"), 1.0),
 }
+_ABOVE_0 = ("top_h", "typical_p")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -66,8 +67,9 @@ def sampling(given: dict[str, Any], file: Path) -> dict[str, Any]:
             value = 0
         kind = "whole number" if name == "top_k" else "number"
         is_number = type(value) in (int, float) and math.isfinite(value) and (name != "top_k" or value == int(value))
-        if not is_number or not 0 <= value <= largest:
-            raise refuse(name, f"a {kind} from 0{'' if math.isinf(largest) else f' to {largest:g}'}")
+        if not is_number or not 0 <= value <= largest or (value == 0 and name in _ABOVE_0):
+            smallest = "above 0 and up" if name in _ABOVE_0 else "from 0"
+            raise refuse(name, f"a {kind} {smallest}{'' if math.isinf(largest) else f' to {largest:g}'}")
         kept[name] = int(value) if name == "top_k" else float(value)
     is_greedy = 0 in (kept.get("temperature"), kept.get("top_p"))
     return {"do_sample": False} if is_greedy else kept

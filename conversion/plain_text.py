@@ -14,8 +14,11 @@ _SUFFIXES = (".json", ".jinja", ".txt")
 
 @contextmanager
 def plain_text(folder: Path) -> Iterator[Path]:
-    """The folder; where it has texts in another encoding, a temporary one with plain copies of them, and links to the rest."""
-    odd = {file.name: encoding for file in folder.iterdir() if (encoding := _encoding(file)) != "utf-8"}
+    """The folder; where it has texts in another encoding, a temporary one with plain copies of them, and links to the rest.
+
+    What is in no encoding is left as it is: it may be a file that nobody reads.
+    """
+    odd = {file.name: text for file in folder.iterdir() if (text := _text_in_another_encoding(file)) is not None}
     if not odd:
         yield folder
         return
@@ -23,17 +26,21 @@ def plain_text(folder: Path) -> Iterator[Path]:
         for file in folder.iterdir():
             copy = Path(made, file.name)
             if file.name in odd:
-                copy.write_text(file.read_text(odd[file.name]), encoding="utf-8")
+                copy.write_text(odd[file.name], encoding="utf-8")
             else:
                 _link(file.resolve(), copy)
         yield Path(made)
 
 
-def _encoding(file: Path) -> str:
+def _text_in_another_encoding(file: Path) -> str | None:
     if file.suffix not in _SUFFIXES or not file.is_file():
-        return "utf-8"
+        return None
     with open(file, "rb") as opened:
-        return json.detect_encoding(opened.read(4))
+        encoding = json.detect_encoding(opened.read(4))
+    try:
+        return None if encoding == "utf-8" else file.read_text(encoding)
+    except UnicodeDecodeError:
+        return None
 
 
 def _link(file: Path, link: Path) -> None:

@@ -4,6 +4,7 @@ Not part of a checkpoint: no file that travels with one imports this. It imports
 """
 
 import logging
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,7 @@ def find(
     from m3_conversion.original import check_name
 
     check_name(name)
+    name = os.fspath(name)
     dtype = _type(dtype)
     if Path(name).is_dir():
         if revision is not None:
@@ -103,14 +105,14 @@ def find(
             )
         folder, commit = Path(name), None
     else:
-        folder = _config_on_the_hub(str(name), revision).parent
+        folder = _config_on_the_hub(name, revision).parent
         commit = folder.name  # of the snapshot, which the Hub's cache has by commit
     model_arguments: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
     if read_config(folder).get("model_type") == M3LlavaConfig.model_type:
         if quantize is not None:
             model_arguments["quantization_config"] = _quantization(quantize, dtype)
         at = {} if commit is None else {"revision": commit}
-        return M3Checkpoint(str(name), {**model_arguments, **at}, at)
+        return M3Checkpoint(name, {**model_arguments, **at}, at)
 
     from m3_conversion.convert import convert
 
@@ -119,11 +121,11 @@ def find(
         precision += "-" + str(dtype).removeprefix("torch.")
     from . import __version__
 
-    called = str(name) if commit is not None else folder.resolve().name
+    called = name if commit is not None else folder.resolve().name
     place = place_for(called, commit or revision_of(folder), f"{precision}-{__version__}-{FORMAT}")
 
     def write(destination: Path) -> None:
-        download = 0 if commit is None else _check_room(str(name), commit)
+        download = 0 if commit is None else _check_room(name, commit)
         first = f"{download / 1e9:.1f} GB are downloaded, then " if download else ""
         logger.warning("%s is no M3 yet: %sit is converted once, and kept in %s", name, first, cache_folder())
         logger.warning("%s", convert(name, destination, revision=commit, dtype=dtype, quantize=quantize))

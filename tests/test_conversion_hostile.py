@@ -1,6 +1,7 @@
 """Checkpoints whose parts do not agree, or are stored as other tools store them: made right where it is known how, else refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from m3_conversion.convert import convert
 from m3_conversion.create import create
-from m3_conversion.generation_settings import sampling, storable
+from m3_conversion.generation_settings import SAMPLING, sampling, storable
 from m3_conversion.original import ConversionError, local_folder
 from modeling_m3 import M3LlavaConfig, M3LlavaForConditionalGeneration, M3LlavaProcessor, default_checkpoint, load
+from modeling_m3.any_checkpoint import find
 
 
 STORED = GOLDENS.parent / "transformers_llava"
@@ -278,6 +280,15 @@ def test_nor_of_a_language_models(tmp_path):
     assert files(tmp_path / "1" / "new") == files(tmp_path / "2" / "new")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_file_that_is_no_part_of_a_checkpoint_may_hold_anything(encoding, tmp_path):
+    source = copied("llava-4.57", tmp_path)
+    encode(source, encoding)
+    for name in ("notes.txt", "other.json"):
+        (source / name).write_bytes(b"\xff\xfeabc")  # a mark of UTF-16, and half of a character
+    convert(source, tmp_path / "new")
+
+
 def test_a_checkpoint_is_found_whatever_its_encoding(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     source = copied("llava15-m3", tmp_path)
@@ -309,11 +320,11 @@ VALUES = st.one_of(
     st.booleans(),
     st.integers(-3, 60),
     st.floats(-1, 3),
-    st.sampled_from([float("nan"), float("inf"), "0.7", [0.5]]),
+    st.sampled_from([0, 0.0, 1, float("nan"), float("inf"), "0.7", [0.5]]),
 )
 SETTINGS = st.fixed_dictionaries(
     {},
-    optional=dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff"), VALUES)
+    optional=dict.fromkeys(SAMPLING, VALUES)
     | {"do_sample": st.sampled_from([None, False, True, True, True, "yes", 2])},
 )
 
@@ -373,7 +384,10 @@ def test_a_conversion_generates_as_its_source_meant_to(name, given, kept, tmp_pa
     model.generate(torch.tensor([[1, 5]]), max_new_tokens=1)
 
 
-@pytest.mark.parametrize(("name", "value"), [("temperature", -1), ("top_p", 1.5), ("top_k", 2.5), ("do_sample", "yes")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -1), ("top_p", 1.5), ("top_k", 2.5), ("typical_p", 0), ("top_h", 0.0), ("do_sample", "yes")],
+)
 def test_a_setting_that_nothing_generates_with_is_named(name, value, tmp_path, capsys):
     source = copied("llava15-m3", tmp_path)
     edit_json(source / "generation_config.json", **{"do_sample": True, name: value})
@@ -440,6 +454,13 @@ def test_the_commands_refuse_an_empty_name(tmp_path, capsys):
     assert capsys.readouterr().err.count("'' is no name: give") == 2
     asked = CliRunner().invoke(app, [str(GOLDENS / "images" / "photo_400x266.png"), "What?", "--model", ""])
     assert asked.exit_code == 1 and "'' is no name" in asked.output
+
+
+def test_a_folder_may_be_named_by_any_path():
+    folder = default_checkpoint()
+    with os.scandir(folder.parent) as entries:
+        entry = next(entry for entry in entries if entry.name == folder.name)
+    assert find(entry).folder == folder
 
 
 def test_weights_in_memory_need_no_folder(monkeypatch):

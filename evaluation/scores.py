@@ -98,8 +98,9 @@ _NUMBER = regex.compile(
     _FLAGS,
 )
 _SIGN_BEFORE_CURRENCY = regex.compile(rf"{_NO_SIGN_AFTER} ([-+]) (\p{{Sc}}) (?=\.?[0-9])", _FLAGS)
-# NFKC would make one number or one word of these: 10² is not 102, 1½ not 11/2, №5 no word.
-_POWER = regex.compile(r"(?<=\d)(?=[⁺⁻₊₋]?\p{No})")
+# NFKC would make one number or one word of these: 10² is not 102, 10₂ neither, 1½ not 11/2, №5 no word.
+_POWER = regex.compile(r"(?<=\d)(?=[⁺⁻]?[⁰¹²³⁴-⁹])")
+_JOINED = regex.compile(r"(?<=\d)(?=\p{No})")
 _APART = regex.compile(r"(?<=\p{No})(?=\d)|(?=\p{So})(?<=\p{L}\p{M}*)|(?<=\p{So})(?=[\p{L}\p{N}])")
 _IGNORED = regex.compile(r"\p{Default_Ignorable_Code_Point}")
 # The first two are … and ‼, ⁇, ⁈, ⁉ in NFKC, · is a Greek one in NFC; those that follow lack the property.
@@ -121,7 +122,8 @@ def _tokens(text: str, closed: bool = False) -> str:
 def _plain(text: str, closed: bool) -> str:
     """A text as it is compared: NFKC without case (Unicode's toNFKC_Casefold), quotes, dashes, digits and spaces of one kind."""
     text = unicodedata.normalize("NFC", " ".join(_IGNORED.sub("", text).split())).translate(_FOLDED)
-    text = _APART.sub(" ", _POWER.sub("^", text if closed else _CLOSING.sub("", text)))
+    text = _JOINED.sub("_", _POWER.sub("^", text if closed else _CLOSING.sub("", text)))
+    text = _APART.sub(" ", text)
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFD", text).casefold())
     text = unicodedata.normalize("NFKC", text.casefold()).translate(_FOLDED)
     text = regex.sub(r"\p{Dash}", "-", regex.sub(r"\p{Quotation_Mark}", _quote, text)).replace("''", '"')

@@ -16,7 +16,7 @@ from urllib.request import urlopen
 from m3_conversion.json_files import read_json_lines
 from m3_conversion.written_numbers import is_missing
 from modeling_m3.pictures import open_pictures
-from modeling_m3.questions import check_question
+from modeling_m3.questions import check_question, is_blank
 
 from .answering import Chat
 from .scores import METRICS, anls, contains, exact_match
@@ -110,10 +110,9 @@ def digest_of(parts: Iterable[tuple[Any, Iterable[Path | bytes]]]) -> str:
 def _question(record: Any, number: int, folder: Path, where: str) -> Question:
     if not isinstance(record, dict) or not isinstance(record.get("question"), str):
         raise ValueError(f'{where} must be an object with a "question", an "answer" and an "image" or a "video".')
-    try:
-        check_question(record["question"])
-    except ValueError as error:
-        raise ValueError(f'{where} has an empty "question": there is nothing to answer.') from error
+    if is_blank(record["question"]):
+        raise ValueError(f'{where} has an empty "question": there is nothing to answer.')
+    check_question(record["question"], f'{where}: the "question"')
     given = record.get("answer")
     given = given if isinstance(given, list) else [given]
     if all(map(is_missing, given)):

@@ -16,7 +16,7 @@ import pyarrow.parquet
 from PIL import Image
 
 from m3_conversion.json_files import iterate_lines, parse_line
-from modeling_m3.questions import check_question
+from modeling_m3.questions import check_question, is_blank
 
 from .batch_rows import FIELDS, Row, read_row
 
@@ -84,10 +84,9 @@ def read_source(inputs: Sequence[str], question: str | None, image_folder: str |
         ValueError: an input that is not there, is of another kind, or has nothing in it; a question without words.
     """
     if question is not None:
-        try:
-            check_question(question)
-        except ValueError:
-            raise ValueError(f"--question {question!r} is empty: write what to ask.") from None
+        if is_blank(question):
+            raise ValueError(f"--question {question!r} is empty: write what to ask.")
+        check_question(question, "--question")
     parts: list[str | list[str]] = []
     shards: list[Shard] = []
     left_out = 0

@@ -12,7 +12,7 @@ import fsspec
 from PIL import Image, UnidentifiedImageError
 
 from m3_conversion.written_numbers import is_missing, parse_number
-from modeling_m3.questions import check_question
+from modeling_m3.questions import check_question, is_blank
 
 
 FIELDS = ("id", "question", "image", "num_visual_tokens")
@@ -77,15 +77,9 @@ def _check_question(question: str, given: Any) -> None:
         raise ValueError(f'The "question" is no text: {question[:80]}')
     if given is None and not question:
         raise ValueError('There is no "question", and no --question.')
-    try:
-        check_question(question)
-    except ValueError:
-        raise ValueError('The "question" is empty.') from None
-    try:
-        question.encode()
-    except UnicodeEncodeError as error:
-        half = f"U+{ord(question[error.start]):04X}"
-        raise ValueError(f'The "question" holds {half}, half of a character, which is no text.') from None
+    if is_blank(question):
+        raise ValueError('The "question" is empty.')
+    check_question(question, 'The "question"')
 
 
 def _pictures(given: Any, folder: str) -> tuple[list[Any], list[int | str | None]]:

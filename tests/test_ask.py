@@ -66,6 +66,7 @@ def test_it_streams_as_a_command(converted):
     (["https://[", "?"], r"Cannot load https://\[: "),
     *(([PICTURE, question], "There is no question yet: write one first") for question in ("", " \n\t", "\u3000\u200b")),
     (["nothing.mp4", ""], "There is no question yet"),
+    ([PICTURE, "Qu\udce9?"], r"The question holds U\+DCE9, half of a character"),  # as of a shell that is not in UTF-8
     ([PICTURE, "?", "--num-visual-tokens", "100"], r"100.*\[1, 9, 36, 144, 576\]"),
     ([PICTURE, "?", "--device", "abacus"], "abacus"),
     ([PICTURE, "?", "--device", "cuda:99"], "cannot use 'cuda:99' here"),

@@ -83,6 +83,7 @@ GOOD = {"question": "Hello?", "answer": "hi", "id": 1}
         ('{"question": "What?", "answer": "a"', "line 2 is not JSON"),
         ({"question": " \u3000\n", "answer": "a"}, 'line 2 has an empty "question"'),
         ({"question": "\u200b", "answer": "a"}, 'line 2 has an empty "question"'),
+        ({"question": "a \ud83d", "answer": "a"}, 'line 2: the "question" holds U\\+D83D, half of a character'),
         ({"question": math.nan, "answer": "a"}, 'line 2 must be an object with a "question"'),
         ({"question": "What?", "answer": math.nan}, 'line 2 has no "answer"'),
         ({"question": "What?", "answer": []}, 'line 2 has no "answer"'),
@@ -155,6 +156,10 @@ def test_pictures_in_the_file_are_asked_about(tmp_path):
         (
             {"conversations": [("human", "<image>\n "), ("gpt", "a")], "image": str(SCENE)},
             "record 0 has an empty question",
+        ),
+        (
+            {"conversations": [("human", "\udc80"), ("gpt", "a")], "image": str(SCENE)},
+            "record 0: a question holds U\\+DC80",
         ),
         ({"conversations": [("human", 5), ("gpt", "a")], "image": str(SCENE)}, "record 0: turns must be"),
         ({"conversations": [("human", "a"), ("gpt", "a")], "image": math.nan}, "record 0 needs an image"),

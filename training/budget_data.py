@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from m3_evaluation.own_data import digest_of, is_missing, read_questions
-from modeling_m3.questions import check_question
+from modeling_m3.questions import check_question, is_blank
 
 from .conversations import IMAGE_MARK
 from .data import read_records
@@ -83,10 +83,10 @@ def _of_record(record: dict[str, Any], index: int, file: Path, folder: Path) -> 
     ):
         raise ValueError(f"{name}: turns must be by human and gpt in alternation, each with a value.")
     questions = [" ".join(text.replace(IMAGE_MARK, " ").split()) for text in texts[::2]]
-    try:
-        list(map(check_question, questions))
-    except ValueError as error:
-        raise ValueError(f"{name} has an empty question: there is nothing to answer.") from error
+    if any(map(is_blank, questions)):
+        raise ValueError(f"{name} has an empty question: there is nothing to answer.")
+    for question in questions:
+        check_question(question, f"{name}: a question")
     kind = "" if is_missing(record.get("kind")) else str(record["kind"])
     return AskedPictures(pictures, questions, [[answer] for answer in texts[1::2]], [kind] * len(questions), "")
 
